@@ -1,0 +1,10 @@
+"""Imported once by the fork server, so that a rank starts in milliseconds."""
+
+import megatron.core.models.gpt  # noqa: F401
+import megatron.core.optimizer  # noqa: F401
+import torch  # noqa: F401
+import torch.distributed.checkpoint  # noqa: F401
+import transformers.models.mistral.modeling_mistral  # noqa: F401
+
+import usdm_megatron.train.engine  # noqa: F401
+import usdm_megatron.train.loop  # noqa: F401

@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""Turn packed rows into token stores; see `--help`. Works from a checkout without installation."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("usdm_megatron") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usdm_megatron.cli.entry import run_guarded  # noqa: E402
+from usdm_megatron.cli.preprocess import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main, sys.argv[1:]))

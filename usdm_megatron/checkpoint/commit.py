@@ -1,0 +1,208 @@
+"""The commit protocol: a checkpoint is either whole under its final name, or not there.
+
+    iter_N.tmp-<uuid>/ written by all ranks → fsync files and directories → integrity.json
+    → all ranks agree → rename → fsync the parent → tracker by tmp + rename → rotation
+
+Every stage is agreed on: what fails on one rank is raised on all (`on_every_rank`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from usdm_megatron.checkpoint.integrity import file_hashes, files_below, write_integrity
+from usdm_megatron.checkpoint.ranks import on_every_rank, on_rank_zero, rank_and_world_size
+from usdm_megatron.checkpoint.resolve import (
+    BEST_FILE,
+    RELEASE,
+    TRACKER_FILE,
+    CheckpointName,
+    directory_name,
+    list_steps,
+    read_best,
+    read_tracker,
+)
+from usdm_megatron.errors import CheckpointError
+
+_TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{32}")
+_RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+
+
+def commit_checkpoint(
+    root: Path, name: CheckpointName, write: Callable[[Path], None], *, replace: bool = False
+) -> Path:
+    """Have every rank `write` into a fresh directory and give it its final name; returns that.
+
+    Collective over all ranks. `write(directory)` is called on each rank with the same
+    directory. An existing checkpoint is never written into: it is refused, or with `replace`
+    moved away in the moment the new one is whole. Raises `CheckpointError` on all ranks when
+    any stage fails on any of them; nothing unfinished ever has the final name.
+    """
+    final = root / directory_name(name)
+    temporary = on_rank_zero(f"creating {final}", lambda: _make_temporary(final, replace))
+    try:
+        on_every_rank(f"writing {final}", lambda: _write(temporary, write))
+        hashes = on_every_rank(f"syncing {final}", lambda: _sync_own_files(temporary))
+        merged = {file: digest for of_rank in hashes for file, digest in of_rank.items()}
+        on_rank_zero(f"committing {final}", lambda: _publish(root, name, temporary, merged))
+    except BaseException:
+        if rank_and_world_size()[0] == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def write_tracker(root: Path, name: CheckpointName) -> None:
+    """Make `name` the newest checkpoint of `root`, atomically."""
+    replace_text(root / TRACKER_FILE, f"{name}\n")
+
+
+def write_best(root: Path, step: int) -> None:
+    """Record the step of the best checkpoint, atomically."""
+    replace_text(root / BEST_FILE, f"{step}\n")
+
+
+def rotate(root: Path, save_total_limit: int | None) -> list[int]:
+    """Remove old checkpoints beyond the newest `save_total_limit`; returns the removed steps.
+
+    Never removes the newest, the best, a converted model, or steps beyond the tracker's (what
+    a step back with `--ckpt-step` has abandoned is the user's to delete). Rank 0 only.
+    """
+    newest = read_tracker(root)
+    if save_total_limit is None or newest is None or newest == RELEASE:
+        return []
+    if save_total_limit < 1:
+        raise CheckpointError(f"--save-total-limit {save_total_limit} must be at least 1")
+    steps = [step for step in list_steps(root) if step <= newest]
+    kept = {*steps[-save_total_limit:], newest, read_best(root)}
+    removed = [step for step in steps if step not in kept]
+    for step in removed:
+        remove_directory(root / directory_name(step))
+    return removed
+
+
+def remove_stale_temporaries(root: Path) -> list[str]:
+    """Remove what interrupted saves have left in `root`; returns the names. Rank 0 only, before any save."""
+    if not root.is_dir():
+        return []
+    stale = sorted(path for path in root.iterdir() if _TEMPORARY.fullmatch(path.name))
+    for path in stale:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return [path.name for path in stale]
+
+
+def temporary_path(final: Path) -> Path:
+    """A fresh name beside `final` that `remove_stale_temporaries` recognises."""
+    return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory so that it is never half there under its own name."""
+    doomed = temporary_path(directory)
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file by temporary name, fsync and rename."""
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Give a finished, synced directory its final name; what is there under that name goes away."""
+    doomed = None
+    if final.exists():
+        doomed = temporary_path(final)
+        final.rename(doomed)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if doomed is not None:
+            doomed.rename(final)
+        raise
+    sync_directory(final.parent)
+    if doomed is not None:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """fsync every file and directory below `directory`, and itself."""
+    for name in files_below(directory):
+        _sync_file(directory / name)
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+    sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """fsync a directory: its entries survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_temporary(final: Path, replace: bool) -> Path:
+    if final.exists() and not replace:
+        raise CheckpointError(
+            f"{final} exists already and is never written into; remove it or save elsewhere"
+        )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(final)
+    temporary.mkdir()
+    return temporary
+
+
+def _write(temporary: Path, write: Callable[[Path], None]) -> None:
+    if not temporary.is_dir():
+        raise CheckpointError(
+            f"{temporary.parent} is not the same directory on every rank; --save must be on a file system "
+            "that all nodes share"
+        )
+    write(temporary)
+
+
+def _sync_own_files(temporary: Path) -> dict[str, str]:
+    """fsync and hash what this rank wrote: its `__{rank}_*.distcp`; rank 0 also everything else."""
+    rank, _ = rank_and_world_size()
+    own = [name for name in files_below(temporary) if _writer_of(name) == rank]
+    for name in own:
+        _sync_file(temporary / name)
+    return file_hashes(temporary, own)
+
+
+def _writer_of(name: str) -> int:
+    match = _RANK_FILE.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def _publish(root: Path, name: CheckpointName, temporary: Path, hashes: dict[str, str]) -> None:
+    write_integrity(temporary, hashes)
+    sync_tree(temporary)
+    publish_directory(temporary, root / directory_name(name))
+    write_tracker(root, name)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

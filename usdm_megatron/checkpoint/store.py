@@ -1,0 +1,323 @@
+"""torch_dist checkpoints on disk, as megatron-core 0.16.1 reads and writes them.
+
+    common.pt            what is not sharded (rank 0); torch.load(weights_only=True) reads it
+    metadata.json        core's four keys, by which it recognises the format
+    .metadata            which tensor, or part of one, lies where
+    __{rank}_{n}.distcp  the tensors
+
+Core's stock save strategy fails or crawls on CPU (it forks writers, pins memory and asks for
+the CUDA device: `strategies/filesystem_async.py:230`), so writing is `torch.distributed.checkpoint.save`
+with core's planner; everything else is core's. Reading trusts `.metadata` (torch unpickles it):
+hand in only directories that `resolve_checkpoint` has verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from usdm_megatron.checkpoint.commit import commit_checkpoint
+from usdm_megatron.checkpoint.integrity import files_below
+from usdm_megatron.checkpoint.ranks import on_every_rank, on_rank_zero, rank_and_world_size
+from usdm_megatron.checkpoint.resolve import CheckpointName
+from usdm_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+ShardedStateDict = dict[str, Any]  # core's: nested, with ShardedTensor / ShardedObject leaves
+COMMON_FILE = "common.pt"
+_METADATA_FILE = ".metadata"
+# Transformer Engine's fp8 scales; empty objects everywhere else. Which modules have one depends on
+# the layer spec, so a checkpoint written on CPU lacks some that a TE model asks for, and vice versa.
+_EXTRA_STATE = "_extra_state"
+_BACKEND, _BACKEND_VERSION = "torch_dist", 1
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """What `save_checkpoint` wrote."""
+
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and type of one tensor of a checkpoint; layers are stacked along the first axis."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def save_checkpoint(
+    root: Path,
+    name: CheckpointName,
+    sharded_state_dict: ShardedStateDict,
+    common: dict[str, Any],
+    extra_files: Callable[[Path], None] | None = None,
+    *,
+    replace: bool = False,
+) -> SavedCheckpoint:
+    """Write one checkpoint by the commit protocol; collective over all ranks.
+
+    `sharded_state_dict` has the model under `model`, the optimizer under `optimizer`, …; `common`
+    is written by rank 0 as it is there, and so is whatever `extra_files(directory)` writes.
+    Replicated tensors are divided over the ranks that hold them. `replace` permits an existing
+    checkpoint of that name to go. Raises `CheckpointError` on all ranks when it fails on any.
+    """
+    path = commit_checkpoint(
+        root,
+        name,
+        lambda directory: _write_torch_dist(directory, {**common, **sharded_state_dict}, extra_files),
+        replace=replace,
+    )
+    size = on_rank_zero(
+        f"measuring {path}", lambda: sum((path / file).stat().st_size for file in files_below(path))
+    )
+    return SavedCheckpoint(path, size)
+
+
+def load_sharded(
+    directory: Path,
+    sharded_state_dict: ShardedStateDict,
+    *,
+    strict: Literal["all", "requested"] = "all",
+    cast: bool = False,
+) -> dict[str, Any]:
+    """Load what `sharded_state_dict` asks for, at any layout; collective over all ranks.
+
+    Returns it with tensors and objects in place of the sharded ones, merged with the contents
+    of `common.pt`. `strict="all"`: the checkpoint must hold nothing that no rank asks for;
+    `"requested"`: it may (weights only, from a run). `cast=False`: types must be equal too.
+    Raises `CheckpointError` on all ranks, naming each tensor that is missing, superfluous, or
+    of another shape or type, before anything is read.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    sharded_state_dict = _without_absent_extra_state(directory, sharded_state_dict)
+    # Applying the factories splits tensors (gate and up), so compare what core will ask for.
+    requested = _sharded_leaves(load_preprocess(sharded_state_dict)[0])
+    gathered = on_every_rank(f"reading {directory}", lambda: _compare(directory, requested, cast))
+    if strict == "all":
+        asked = set().union(*(keys for keys, _ in gathered))
+        extra = sorted(key for key in gathered[0][1] - asked if not key.endswith(_EXTRA_STATE))
+        if extra:
+            raise CheckpointError(
+                *(f"{directory} holds {key}, which this model or optimizer does not have" for key in extra)
+            )
+    loaded = on_every_rank_local(
+        f"loading {directory}",
+        lambda: dist_checkpointing.load(
+            sharded_state_dict,
+            str(directory),
+            sharded_strategy=TorchDistLoadShardedStrategy(),
+            validate_access_integrity=False,  # a matter of saving; checked there
+        ),
+    )
+    return loaded
+
+
+def load_full_tensors(directory: Path, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Whole tensors by their key, stacked over layers, in the type that they were stored in."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    import torch
+
+    stored = stored_tensors(directory)
+    keys = list(keys)
+    if missing := [key for key in keys if key not in stored]:
+        raise CheckpointError(*(f"{directory} does not hold {key}" for key in missing))
+    request = {
+        key: ShardedTensor.from_rank_offsets(
+            key, torch.empty(stored[key].shape, dtype=stored[key].dtype, device="cpu")
+        )
+        for key in keys
+    }
+    loaded = load_sharded(directory, dict(request), strict="requested")
+    return {key: loaded[key] for key in keys}
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Shape and type of every tensor in a checkpoint, by key; reads no tensor data."""
+    return _stored(directory)[0]
+
+
+def read_common(directory: Path) -> dict[str, Any]:
+    """The contents of `common.pt`: plain values, tensors and `argparse.Namespace`, nothing else."""
+    import torch
+
+    path = directory / COMMON_FILE
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types on bytes that are no checkpoint
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def single_process_group() -> Iterator[None]:
+    """A process group of one rank for as long as it takes, unless one is open already.
+
+    Core's checkpoint functions ask for one. No port is opened.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def on_every_rank_local(what: str, action: Callable[[], Any]) -> Any:
+    """As `on_every_rank`, without sending results around: every rank gets its own."""
+    result: list[Any] = []
+    on_every_rank(what, lambda: result.append(action()))
+    return result[0]
+
+
+def _write_torch_dist(
+    directory: Path, state: dict[str, Any], extra_files: Callable[[Path], None] | None
+) -> None:
+    """`dist_checkpointing.save`, stage by stage.
+
+    Core's own function lets rank 0 alone raise (validation, `common.pt`), and leaves the others
+    waiting in the next collective.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.validation import (
+        determine_global_metadata,
+        validate_sharding_integrity,
+    )
+
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    _, global_metadata = determine_global_metadata(sharded)
+    on_rank_zero("checking the shards", lambda: validate_sharding_integrity(global_metadata))
+    on_rank_zero(f"writing {directory}", lambda: _write_common(directory, common, extra_files))
+    FullyParallelSaveStrategyWrapper(_strategy()).save(sharded, directory)
+    if rank_and_world_size()[0] == 0:
+        save_config(CheckpointingConfig(_BACKEND, _BACKEND_VERSION), str(directory))
+
+
+def _write_common(
+    directory: Path, common: dict[str, Any], extra_files: Callable[[Path], None] | None
+) -> None:
+    import torch
+
+    torch.save(common, directory / COMMON_FILE)
+    read_common(directory)  # what nobody could load again is refused now
+    if extra_files is not None:
+        extra_files(directory)
+
+
+def _strategy() -> Any:
+    """A core save strategy over `torch.distributed.checkpoint.save`: same layout, no child processes."""
+    import torch.distributed.checkpoint as dcp
+    from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreSavePlanner,
+        _replace_state_dict_keys_with_sharded_keys,
+        mcore_to_pyt_state_dict,
+    )
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class ReproducibleWriter(dcp.FileSystemWriter):
+        def storage_meta(self) -> StorageMeta:
+            # torch's has a random save_id and the temporary path: two equal saves would differ
+            return StorageMeta()
+
+    class TorchDistSave(SaveShardedStrategy):
+        can_handle_sharded_objects = True
+
+        def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path | str) -> None:
+            by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
+                sharded_state_dict, keep_only_main_replica=True
+            )
+            dcp.save(
+                mcore_to_pyt_state_dict(by_key),
+                storage_writer=ReproducibleWriter(checkpoint_dir),
+                planner=MCoreSavePlanner(flatten_state_dict=False),
+            )
+
+    return TorchDistSave(_BACKEND, _BACKEND_VERSION)
+
+
+def _compare(directory: Path, requested: list[Any], cast: bool) -> tuple[set[str], set[str]]:
+    """Keys that this rank asks for and keys that the checkpoint holds; raises on what does not fit."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    stored, objects = _stored(directory)
+    problems: dict[str, None] = {}
+    for leaf in requested:
+        if not isinstance(leaf, ShardedTensor):
+            if leaf.unique_key not in objects:
+                problems[f"{directory} does not hold {leaf.unique_key}"] = None
+            continue
+        there = stored.get(leaf.key)
+        if there is None:
+            problems[f"{directory} does not hold {leaf.key}"] = None
+        elif there.shape != tuple(leaf.global_shape):
+            problems[
+                f"{directory}: {leaf.key} has shape {list(there.shape)}, expected {list(leaf.global_shape)}"
+            ] = None
+        elif there.dtype != leaf.dtype and not cast:
+            problems[f"{directory}: {leaf.key} is {there.dtype}, expected {leaf.dtype}"] = None
+    if problems:
+        raise CheckpointError(*problems)
+    return {leaf.key for leaf in requested}, {*stored, *(name.split("/shard_")[0] for name in objects)}
+
+
+def _stored(directory: Path) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Tensors by key, and the unique keys of objects, that `.metadata` lists."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    if not (directory / _METADATA_FILE).is_file():
+        raise CheckpointError(f"{directory} is no torch_dist checkpoint: {_METADATA_FILE} is missing")
+    try:
+        entries = FileSystemReader(directory).read_metadata().state_dict_metadata
+    except Exception as error:  # unpickling damaged bytes raises almost anything
+        raise CheckpointError(f"{directory / _METADATA_FILE} cannot be read: {error}") from error
+    tensors = {
+        key: StoredTensor(tuple(entry.size), entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    return tensors, {key for key in entries if key not in tensors}
+
+
+def _without_absent_extra_state(directory: Path, sharded_state_dict: ShardedStateDict) -> ShardedStateDict:
+    """A copy in which every `_extra_state` that the checkpoint lacks is None already."""
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+
+    objects = on_every_rank_local(f"reading {directory}", lambda: _stored(directory)[1])
+
+    def replace(leaf: Any) -> Any:
+        absent = (
+            isinstance(leaf, ShardedObject)
+            and leaf.key.endswith(_EXTRA_STATE)
+            and leaf.unique_key not in objects
+        )
+        return LocalNonpersistentObject(None) if absent else leaf
+
+    return dict_list_map_outplace(replace, sharded_state_dict)
+
+
+def _sharded_leaves(sharded_state_dict: ShardedStateDict) -> list[Any]:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    return [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedBase)]

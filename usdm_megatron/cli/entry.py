@@ -1,0 +1,26 @@
+"""What every command has in common: user errors become one message and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from usdm_megatron.errors import EXIT_DONE, UserError
+
+
+def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Run `command(argv)`; print a `UserError` without a traceback (rank 0 only); return the exit code."""
+    try:
+        code = command(argv)
+    except UserError as error:
+        if is_main_rank():
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE if code is None else code
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that talks to people (rank 0 of torchrun or Slurm, or the only one)."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

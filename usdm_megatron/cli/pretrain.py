@@ -1,0 +1,140 @@
+"""`usdm-megatron pretrain`: command line → `RunConfig` → this rank's run, local ranks, or a dry run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from usdm_megatron.cli.entry import is_main_rank
+from usdm_megatron.config import RunConfig
+from usdm_megatron.config_file import dump_config, layered_defaults, read_config_file, section_types
+from usdm_megatron.errors import ConfigError
+from usdm_megatron.recipes import RecipeName
+
+PROGRAM = "usdm-megatron pretrain"
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a command line asks for besides the run itself."""
+
+    config: Path | None = None
+    """YAML file with sections as in run_config.yaml, below the command line"""
+    recipe: RecipeName | None = None
+    """usdm follows the original in all that changes numbers; corrected (default) is what we recommend"""
+    print_config: bool = False
+    """print the resolved configuration and stop"""
+    dry_run: bool = False
+    """check everything, take no step"""
+    world_size: int | None = None
+    """ranks that --dry-run checks for"""
+    nproc_per_node: int | None = None
+    """start this many ranks here (without torchrun or Slurm)"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse and run; returns the exit code."""
+    invocation, config = parse(argv)
+    if invocation.print_config:
+        print(dump_config(config), end="")
+        return 0
+    if invocation.dry_run:
+        return _dry_run(config, invocation)
+    if invocation.world_size is not None:
+        raise ConfigError("--world-size is for --dry-run; a run takes its ranks from torchrun, Slurm or --nproc-per-node")
+    from usdm_megatron.runtime.ranks import RankEnvironment, ranks_from_environment
+
+    environment = ranks_from_environment()
+    if environment is None and (invocation.nproc_per_node or 1) > 1:
+        return _start_ranks(config, argv, invocation.nproc_per_node or 1)
+    from usdm_megatron.train.run import run_pretrain
+
+    return run_pretrain(config, environment or RankEnvironment())
+
+
+def parse(argv: Sequence[str]) -> tuple[Invocation, RunConfig]:
+    """The invocation and the resolved configuration; unknown flags exit with a suggestion (tyro)."""
+    early = _file_and_recipe(argv)
+    tree = read_config_file(early.config) if early.config is not None else {}
+    recipe, sections = layered_defaults(early.recipe, tree, training={"bf16": cuda_is_usable()})
+    flags = make_dataclass(
+        "Flags",
+        [("invocation", Invocation), *section_types().items()],
+        frozen=True,
+        namespace={"__doc__": "Train on packed speech-text rows."},
+    )
+    parsed: Any = tyro.cli(
+        tyro.conf.OmitArgPrefixes[flags],  # type: ignore[valid-type]  # made at run time from RunConfig
+        prog=PROGRAM,
+        description="Train on packed speech-text rows.",
+        args=list(argv),
+        default=flags(invocation=early, **sections),
+        console_outputs=is_main_rank(),  # every rank refuses, one of them says why
+    )
+    chosen = {name: getattr(parsed, name) for name in section_types()}
+    return parsed.invocation, RunConfig(recipe=recipe, **chosen)  # type: ignore[arg-type]  # checked by tyro
+
+
+def cuda_is_usable() -> bool:
+    """Whether torch will find CUDA, without importing torch (2 s that a config error should not cost)."""
+    try:
+        cpu_build = metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return not cpu_build and Path("/proc/driver/nvidia/version").exists()
+
+
+def _file_and_recipe(argv: Sequence[str]) -> Invocation:
+    """`--config` and `--recipe` decide the defaults of all other flags, so they are read first."""
+    import argparse
+
+    early = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--recipe")
+    known, _ = early.parse_known_args(list(argv))  # every other flag is checked by tyro
+    if known.recipe not in (None, "usdm", "corrected"):
+        raise ConfigError(f"--recipe is {known.recipe!r}; it must be usdm or corrected")
+    return Invocation(config=known.config, recipe=known.recipe)
+
+
+def _dry_run(config: RunConfig, invocation: Invocation) -> int:
+    from usdm_megatron.runtime.ranks import ranks_from_environment
+    from usdm_megatron.train.preflight import build_layout, plan_run
+    from usdm_megatron.train.start import find_start
+
+    environment = ranks_from_environment()
+    ranks = invocation.world_size or invocation.nproc_per_node or (environment.world_size if environment else 1)
+    layout = build_layout(config, ranks)
+    plan = plan_run(config, layout, find_start(config))
+    if environment is None or environment.rank == 0:
+        valid = "none" if plan.valid_store is None else f"{plan.valid_store.prefix} ({plan.valid_store.rows:,} rows)"
+        print(
+            f"dry run: everything is in order\n"
+            f"  ranks       {layout.world_size}: tp={layout.tp} pp={layout.pp} vpp={layout.vpp} dp={layout.dp}\n"
+            f"  start       {plan.start.directory} at step {plan.start.step}\n"
+            f"  steps       {plan.steps}, each {config.data.global_batch_size} rows in "
+            f"{plan.micro_batches} micro-batches a rank\n"
+            f"  train data  {plan.train_store.prefix} ({plan.train_store.rows:,} rows)\n"
+            f"  valid data  {valid}\n"
+            f"  warm-up     {plan.schedule.warmup_steps} steps, then {plan.schedule.style} to {plan.schedule.min_lr}\n"
+            f"  attention   {plan.backend}"
+        )
+    return 0
+
+
+def _start_ranks(config: RunConfig, argv: Sequence[str], ranks: int) -> int:
+    from usdm_megatron.runtime.launch import launch_local_ranks
+    from usdm_megatron.train.preflight import build_layout, plan_run
+    from usdm_megatron.train.start import find_start
+
+    plan_run(config, build_layout(config, ranks), find_start(config))  # one clear message before any rank starts
+    sys.stdout.flush()
+    return launch_local_ranks("usdm_megatron.cli", ["pretrain", *argv], ranks)
+
+

@@ -1,0 +1,319 @@
+"""The configuration of a run: one tree of frozen dataclasses, valid from birth.
+
+Field names are Megatron's; the command line (`--tensor-model-parallel-size`) and
+the YAML file (`parallel: {tensor_model_parallel_size: 2}`) come from them.
+What needs a checkpoint, a token store or a world size to be checked is checked in
+`train/preflight.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from usdm_megatron.errors import ConfigError
+from usdm_megatron.recipes import DEFAULT_RECIPE, RecipeName, recipe_fields
+
+CoreAttention = Literal["auto", "te", "flash", "torch"]
+CrossSampleAttention = Literal["masked", "allowed"]
+LossReduction = Literal["token-mean", "micro-batch-mean"]
+_RECIPE = recipe_fields(DEFAULT_RECIPE)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How the model computes; its shape comes from the checkpoint."""
+
+    core_attention: CoreAttention = "auto"
+    """attention kernel; auto takes the first of te, flash, torch that is there, and says which"""
+    cross_sample_attention: CrossSampleAttention = "masked"
+    """whether the samples of a packed row see each other (allowed: the original's interference option)"""
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are divided among ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """tensor parallel ranks"""
+    pipeline_model_parallel_size: int = 1
+    """pipeline stages"""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """model chunks a rank holds (interleaved pipeline)"""
+    sequence_parallel: bool = False
+    """shard norms and residuals along the sequence over tensor parallel ranks"""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """activation recompute: none, selected modules, or whole layers"""
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """modules that selective recompute covers: core_attn, mlp, layernorm"""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """which layers full recompute covers"""
+    recompute_num_layers: int = 1
+    """layers in a recomputed group (uniform) or recomputed layers a stage (block)"""
+    overlap_grad_reduce: bool = False
+    """reduce gradients while the backward pass runs"""
+    overlap_param_gather: bool = False
+    """gather parameters while the forward pass runs"""
+    overlap_p2p_communication: bool = True
+    """overlap pipeline sends with compute (interleaved pipeline only)"""
+    distributed_timeout_minutes: float = 10.0
+    """after this many minutes a stuck collective ends the run"""
+
+    def problems(self) -> list[str]:
+        problems = _below_one(
+            "parallel",
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            num_virtual_stages_per_pipeline_rank=self.num_virtual_stages_per_pipeline_rank,
+            recompute_num_layers=self.recompute_num_layers,
+        )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            problems.append(
+                "parallel: --sequence-parallel shards over tensor parallel ranks and there is one; "
+                "drop it or set --tensor-model-parallel-size 2 or more"
+            )
+        if self.num_virtual_stages_per_pipeline_rank > 1:
+            if self.pipeline_model_parallel_size == 1:
+                problems.append(
+                    "parallel: virtual stages need a pipeline; set --pipeline-model-parallel-size 2 or more"
+                )
+            elif self.pipeline_model_parallel_size == 2 and not self.overlap_p2p_communication:
+                # megatron-core 0.16.1 crosses the messages of the two neighbours, silently
+                problems.append(
+                    "parallel: an interleaved pipeline of 2 stages gives a wrong loss without overlapped p2p; "
+                    "drop --no-overlap-p2p-communication"
+                )
+        unknown = sorted(set(self.recompute_modules) - {"core_attn", "mlp", "layernorm"})
+        if unknown:
+            problems.append(
+                f"parallel: recompute module {', '.join(unknown)} is not one of core_attn, mlp, layernorm"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            problems.append("parallel: --overlap-param-gather needs --overlap-grad-reduce; set both")
+        if self.distributed_timeout_minutes <= 0:
+            problems.append(
+                f"parallel: distributed_timeout_minutes is {self.distributed_timeout_minutes}; it must be positive"
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows are read, and how many at a time."""
+
+    train_data_path: Annotated[str | None, tyro.conf.arg(aliases=("--data-path",))] = None
+    """prefix of the packed token store to train on"""
+    valid_data_path: str | None = None
+    """prefix of the packed token store to evaluate on"""
+    seq_length: int = 8192
+    """tokens a row is padded to"""
+    micro_batch_size: int = 1
+    """rows in one forward pass, flattened into one packed row"""
+    global_batch_size: int = 8
+    """store rows in one optimizer step, over all ranks"""
+    shuffle: bool = False
+    """a seeded permutation of the rows every epoch instead of the store's order"""
+
+    def problems(self) -> list[str]:
+        return _below_one(
+            "data",
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate over time."""
+
+    lr: float = 2e-5
+    """peak learning rate"""
+    min_lr: float = 0.0
+    """learning rate at the end of the decay"""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """shape of the decay after warm-up"""
+    lr_warmup_fraction: float | None = None
+    """warm-up as a share of the decay steps, rounded up (0.03 unless --lr-warmup-iters is given)"""
+    lr_warmup_iters: int | None = None
+    """warm-up steps"""
+    lr_decay_iters: int | None = None
+    """steps from the start to min_lr (the whole run unless given)"""
+    weight_decay: float = 0.01
+    """decoupled weight decay"""
+    decay_norms: bool = _RECIPE["optimizer"]["decay_norms"]
+    """weight decay on norm weights too (recipe)"""
+    clip_grad: float = _RECIPE["optimizer"]["clip_grad"]
+    """largest global gradient norm; 0 = no clipping (recipe)"""
+    adam_beta1: float = 0.9
+    """decay of the first moment"""
+    adam_beta2: float = 0.95
+    """decay of the second moment"""
+    adam_eps: float = 1e-8
+    """added to the denominator"""
+
+    def problems(self) -> list[str]:
+        problems = [
+            f"optimizer: {name} is {value}; it must not be negative"
+            for name, value in (
+                ("lr", self.lr),
+                ("min_lr", self.min_lr),
+                ("weight_decay", self.weight_decay),
+                ("clip_grad", self.clip_grad),
+                ("adam_eps", self.adam_eps),
+                ("lr_warmup_iters", self.lr_warmup_iters or 0),
+            )
+            if value < 0
+        ]
+        problems += [
+            f"optimizer: {name} is {value}; it must be in [0, 1)"
+            for name, value in (
+                ("adam_beta1", self.adam_beta1),
+                ("adam_beta2", self.adam_beta2),
+                ("lr_warmup_fraction", self.lr_warmup_fraction or 0.0),
+            )
+            if not 0 <= value < 1
+        ]
+        if self.min_lr > self.lr:
+            problems.append(f"optimizer: min_lr {self.min_lr} is above lr {self.lr}; lower it")
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters is not None:
+            problems.append("optimizer: both lr_warmup_fraction and lr_warmup_iters are given; keep one")
+        if self.lr_decay_iters is not None and self.lr_decay_iters < 1:
+            problems.append(f"optimizer: lr_decay_iters is {self.lr_decay_iters}; it must be at least 1")
+        return problems
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, in which precision, and towards which objective."""
+
+    train_iters: int | None = None
+    """optimizer steps in all"""
+    train_samples: int | None = None
+    """store rows in all"""
+    num_train_epochs: int | None = None
+    """passes over the store (1 if none of the three is given)"""
+    seed: int = 42
+    """seed of shuffling and dropout"""
+    bf16: bool = False
+    """bf16 weights and activations with fp32 masters (default: on CUDA yes, on CPU no)"""
+    train_sample_boundaries: bool = _RECIPE["training"]["train_sample_boundaries"]
+    """train the step from a sample's eos to the next one's bos (recipe)"""
+    loss_reduction: LossReduction = _RECIPE["training"]["loss_reduction"]
+    """mean over all target tokens of a step, or mean of the micro-batches' means (recipe)"""
+    eval_interval: int | Literal["epoch"] = 1000
+    """steps between evaluations; one more at the end"""
+
+    def problems(self) -> list[str]:
+        durations = {
+            name: value
+            for name, value in (
+                ("train_iters", self.train_iters),
+                ("train_samples", self.train_samples),
+                ("num_train_epochs", self.num_train_epochs),
+            )
+            if value is not None
+        }
+        problems = _below_one("training", **durations)
+        if len(durations) > 1:
+            problems.append(f"training: {' and '.join(durations)} are given together; keep exactly one")
+        if isinstance(self.eval_interval, int):
+            problems += _below_one("training", eval_interval=self.eval_interval)
+        return problems
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where weights come from and where the run is kept."""
+
+    load: str | None = None
+    """run or converted checkpoint to continue from"""
+    save: str | None = None
+    """run directory: checkpoints, metrics, resolved configuration"""
+    pretrained_checkpoint: str | None = None
+    """weights only, used when --load holds nothing yet"""
+    ckpt_step: int | Literal["best"] | None = None
+    """which checkpoint of --load (or of --pretrained-checkpoint) instead of the newest"""
+    exit_on_missing_checkpoint: bool = False
+    """an empty --load is an error instead of a fresh start"""
+    save_interval: int = 1000
+    """steps between checkpoints; one more at the end"""
+    save_total_limit: int | None = None
+    """newest checkpoints kept (all unless given)"""
+    keep_best: bool = False
+    """keep the checkpoint with the lowest evaluation loss whatever its age"""
+
+    def problems(self) -> list[str]:
+        problems = _below_one("checkpoint", save_interval=self.save_interval)
+        if self.save_total_limit is not None:
+            problems += _below_one("checkpoint", save_total_limit=self.save_total_limit)
+        return problems
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported, and where."""
+
+    log_interval: int = 50
+    """steps between log lines"""
+    tensorboard_dir: str | None = None
+    """TensorBoard directory (RUN/tensorboard unless given)"""
+    wandb_project: str | None = None
+    """Weights & Biases project; nothing leaves the machine unless given"""
+    wandb_exp_name: str | None = None
+    """Weights & Biases run name"""
+    wandb_entity: str | None = None
+    """Weights & Biases team"""
+
+    def problems(self) -> list[str]:
+        return _below_one("logging", log_interval=self.log_interval)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run does; raises `ConfigError` with all problems at once."""
+
+    recipe: RecipeName = DEFAULT_RECIPE
+    """usdm follows the original in all that changes numbers; corrected is what we recommend"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        problems = [
+            problem
+            for section in (
+                self.model,
+                self.parallel,
+                self.data,
+                self.optimizer,
+                self.training,
+                self.checkpoint,
+                self.logging,
+            )
+            for problem in section.problems()
+        ]
+        tokens = self.data.micro_batch_size * self.data.seq_length
+        tp = self.parallel.tensor_model_parallel_size
+        if self.parallel.sequence_parallel and tp > 1 and tokens % tp:
+            problems.append(
+                f"parallel: micro batch size x seq length = {tokens} does not divide over tp={tp} under "
+                f"--sequence-parallel; set --seq-length to a multiple of {tp}"
+            )
+        if problems:
+            raise ConfigError(*problems)
+
+
+def _below_one(section: str, **values: int) -> list[str]:
+    return [
+        f"{section}: {name} is {value}; it must be at least 1" for name, value in values.items() if value < 1
+    ]

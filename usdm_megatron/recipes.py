@@ -1,0 +1,33 @@
+"""The named differences between the original's training and what we recommend.
+
+One table: field of `RunConfig` → value under each recipe. Every field can be
+set on the command line too. Source: `docs/from-usdm.md`, naver-ai/usdm `train_pt.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+RecipeName = Literal["usdm", "corrected"]
+DEFAULT_RECIPE: RecipeName = "corrected"
+
+# (section, field): (original, corrected)
+_DIFFERENCES: dict[tuple[str, str], tuple[Any, Any]] = {
+    # the step from one sample's eos to the next one's bos is a target
+    ("training", "train_sample_boundaries"): (True, False),
+    # what the loss of a step is the mean of
+    ("training", "loss_reduction"): ("micro-batch-mean", "token-mean"),
+    # 0 = no gradient clipping
+    ("optimizer", "clip_grad"): (0.0, 1.0),
+    # weight decay on RMSNorm weights
+    ("optimizer", "decay_norms"): (True, False),
+}
+
+
+def recipe_fields(recipe: RecipeName) -> dict[str, dict[str, Any]]:
+    """Section → field → value of everything that `recipe` decides."""
+    column = 0 if recipe == "usdm" else 1
+    fields: dict[str, dict[str, Any]] = {}
+    for (section, field), values in _DIFFERENCES.items():
+        fields.setdefault(section, {})[field] = values[column]
+    return fields

@@ -1,0 +1,40 @@
+"""Start ranks on this machine through torch's elastic launcher, and return the run's own exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from usdm_megatron.errors import EXIT_DONE, EXIT_FAULT
+
+
+def launch_local_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
+    """Run `python -m module *argv` as `ranks` local ranks; return the first failure's exit code, or 0.
+
+    The elastic agent stops the other ranks when one fails; ports are bound to the loopback address.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # gloo otherwise listens where the host's name resolves to; these ranks all live here
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", module, *argv)
+    except ChildFailedError as error:
+        exit_code = error.get_first_failure()[1].exitcode
+        return exit_code if exit_code > 0 else EXIT_FAULT
+    except SignalException:
+        return EXIT_FAULT  # ranks were asked to stop; RUN/exit.json says how that ended
+    return EXIT_DONE

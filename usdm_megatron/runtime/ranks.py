@@ -1,0 +1,52 @@
+"""Which rank this process is: torchrun's or Slurm's environment, or a run of one (pure: no torch)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from usdm_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """Rank of this process, ranks in all, and where they meet."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0  # unused by a run of one
+
+
+def ranks_from_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment | None:
+    """The rank that torchrun or Slurm gave this process; None when neither did.
+
+    Raises `ConfigError` when the environment names ranks but not where they meet.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _rank_environment(env, env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", "0"), "torchrun")
+    if "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
+        return _rank_environment(
+            env, env["SLURM_PROCID"], env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "0"), "srun"
+        )
+    return None
+
+
+def _rank_environment(
+    env: Mapping[str, str], rank: str, world_size: str, local_rank: str, source: str
+) -> RankEnvironment:
+    try:
+        numbers = int(rank), int(world_size), int(local_rank)
+    except ValueError as error:
+        raise ConfigError(f"{source}: rank {rank!r} of {world_size!r} is not a pair of integers") from error
+    if numbers[1] == 1:
+        return RankEnvironment(rank=0, world_size=1, local_rank=numbers[2])
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        raise ConfigError(
+            f"{source}: {world_size} ranks need MASTER_ADDR and MASTER_PORT to meet; export both "
+            f"(under Slurm: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1))"
+        )
+    return RankEnvironment(*numbers, master_addr=env["MASTER_ADDR"], master_port=int(env["MASTER_PORT"]))

@@ -1,0 +1,166 @@
+"""Core's DDP and distributed optimizer, with what core 0.16.1 leaves undone for torch's Adam.
+
+- Adam's state exists from the start, so that a checkpoint can be saved and loaded at any step.
+- Every parameter has a `step` tensor of its own after a resume: core's loading gives all the same
+  one, which Adam then increments once per parameter (`distrib_optimizer.py:864`).
+- fp32 masters are reloaded after weights were (`reload_masters`): else the first update undoes the load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import DistributedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from usdm_megatron.config import OptimizerConfig as AdamConfig
+from usdm_megatron.config import ParallelConfig
+from usdm_megatron.runtime.process_groups import ProcessGroups
+
+_CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+def wrap_chunks(
+    chunks: list[Any], parallel: ParallelConfig, groups: ProcessGroups
+) -> list[DistributedDataParallel]:
+    """Each chunk inside core's DDP, gradients reduced in fp32; bf16 chunks inside `Float16Module` first."""
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(config, chunk) if config.bf16 else chunk
+        ddp = DistributedDataParallel(
+            config,
+            ddp_config,
+            module,
+            # later chunks start their backward pass first: nothing to overlap with in their buckets
+            disable_bucketing=index > 0,
+            pg_collection=groups.collection,
+        )
+        wrapped.append(ddp)
+    if parallel.overlap_grad_reduce:
+        no_sync = [ddp.no_sync for ddp in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+class AdamW:
+    """AdamW over this rank's shard of the model; one object for update, clipping and checkpoint state."""
+
+    def __init__(
+        self, chunks: list[DistributedDataParallel], config: AdamConfig, groups: ProcessGroups, *, bf16: bool
+    ) -> None:
+        self._config = config
+        overrides = {} if config.decay_norms else {_one_dimensional(): {"wd_mult": 0.0}}
+        chained = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                adam_eps=config.adam_eps,
+                clip_grad=config.clip_grad,
+                bf16=bf16,
+                params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                use_distributed_optimizer=True,
+                overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+            ),
+            chunks,
+            config_overrides=overrides,  # None would mean core's own rule
+            use_gloo_process_groups=False,
+            pg_collection=None,
+        )
+        (self._sharded,) = chained.chained_optimizers
+        assert isinstance(self._sharded, DistributedOptimizer)
+        self._torch_adam = isinstance(self._sharded.optimizer, torch.optim.AdamW)
+        for group in self._sharded.param_groups:
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+            if self._torch_adam:
+                group["fused"] = True
+        self._create_states()
+
+    def zero_grad(self) -> None:
+        self._sharded.zero_grad()
+
+    @torch.no_grad()
+    def collect_gradients(self) -> Tensor:
+        """Take the reduced gradients; returns this rank's part of the squared norm, a scalar.
+
+        Summed over all ranks it is the squared norm of the model's gradient: what tensor parallel
+        ranks share is counted on the first.
+        """
+        self._sharded.prepare_grads()
+        grads = self._sharded.get_main_grads_for_grad_norm()
+        if not grads:
+            return torch.zeros((), device=torch.cuda.current_device())
+        return torch.stack(torch._foreach_norm(grads)).square().sum()
+
+    @torch.no_grad()
+    def update(self, lr: float, gradient_norm: float) -> None:
+        """One AdamW update at `lr`, gradients clipped to the configured norm first."""
+        limit = self._config.clip_grad
+        if limit > 0 and gradient_norm > limit:
+            grads = [p.grad for p in self._sharded.get_parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, limit / (gradient_norm + _CLIP_EPSILON))
+        for group in self._sharded.param_groups:
+            group["lr"] = lr
+        self._sharded.step_with_ready_grads()
+
+    def reload_masters(self) -> None:
+        """Take the fp32 masters from the model: after loading weights without optimizer state."""
+        self._sharded.reload_model_params()
+
+    def sharded_state(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """Masters and moments in the shapes of the model's parameters, loadable at any layout."""
+        return {
+            "param_state": self._sharded.sharded_param_state_fully_reshardable(
+                model_state, is_loading=loading, metadata={}
+            )
+        }
+
+    def load_state(self, state: dict[str, Any], steps: int) -> None:
+        """Put loaded masters and moments in place, as after `steps` updates."""
+        states = self._sharded.optimizer.state
+        for entry in states.values():
+            entry.pop("step", None)  # core copies every entry by name and has no "step" to copy
+        self._sharded.load_parameter_state_from_fully_reshardable(state["param_state"])
+        self._set_steps(steps)
+
+    def state_bytes(self) -> int:
+        """Bytes of masters and moments on this rank."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for parameter, entry in self._sharded.optimizer.state.items()
+            for tensor in (parameter, *entry.values())
+            if isinstance(tensor, Tensor)
+        )
+
+    def _create_states(self) -> None:
+        states = self._sharded.optimizer.state
+        for parameter in self._sharded.get_parameters():
+            states[parameter]["exp_avg"] = torch.zeros_like(parameter)
+            states[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        self._set_steps(0)
+
+    def _set_steps(self, steps: int) -> None:
+        if not self._torch_adam:  # TE's FusedAdam counts in the group
+            for group in self._sharded.param_groups:
+                group["step"] = steps
+            return
+        for parameter, entry in self._sharded.optimizer.state.items():
+            entry["step"] = torch.tensor(float(steps), device=parameter.device)
+
+
+def _one_dimensional() -> ParamKey:
+    return ParamKey(predicate=ParamPredicate(name="one_dimensional", fn=lambda param: param.dim() == 1))

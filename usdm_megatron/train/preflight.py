@@ -1,0 +1,184 @@
+"""Everything about a run that can be checked and decided before its first step, without ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
+from usdm_megatron.config import CoreAttention, RunConfig
+from usdm_megatron.data.loader import check_store_fits
+from usdm_megatron.data.order import RowOrder, rows_of_steps
+from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.errors import CheckpointError, ConfigError, DataError
+from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.train.schedule import Schedule, build_schedule
+from usdm_megatron.train.start import StartPoint
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run whose every input has been opened and checked against every other."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    start: StartPoint
+    facts: CheckpointFacts
+    architecture: HFArchitecture
+    train_store: TokenStore
+    order: RowOrder
+    valid_store: TokenStore | None
+    valid_order: RowOrder | None
+    schedule: Schedule
+    backend: CoreAttention
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.order.steps
+
+    @property
+    def micro_batches(self) -> int:
+        return self.order.micro_batches
+
+
+def build_layout(config: RunConfig, world_size: int) -> ParallelLayout:
+    """The layout of this configuration; raises `ConfigError` with all that does not divide."""
+    parallel = config.parallel
+    layout = ParallelLayout(
+        world_size,
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        vpp=parallel.num_virtual_stages_per_pipeline_rank,
+    )
+    problems = layout.problems_with_batch(config.data.global_batch_size, config.data.micro_batch_size)
+    if problems:
+        raise ConfigError(*problems)
+    return layout
+
+
+def open_stores(config: RunConfig) -> tuple[TokenStore, TokenStore | None]:
+    """Open `--train-data-path` and `--valid-data-path`."""
+    if config.data.train_data_path is None:
+        raise ConfigError(
+            "data: --train-data-path is missing; give the prefix of a packed token store "
+            "(python tools/preprocess_data.py … makes one)"
+        )
+    valid = config.data.valid_data_path
+    return TokenStore.open(config.data.train_data_path), None if valid is None else TokenStore.open(valid)
+
+
+def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> RunPlan:
+    """Open the stores, hold everything against everything; raises one error with all problems found."""
+    from usdm_megatron.model.architecture import layout_problems
+    from usdm_megatron.model.attention import resolve_backend
+
+    facts = read_facts(start.directory)
+    architecture = HFArchitecture.from_hf_config(facts.hf_config)
+    train_store, valid_store = open_stores(config)
+    problems = layout_problems(architecture, facts.vocabulary.padded_size, config.parallel)
+    if config.data.seq_length > architecture.max_positions:
+        problems.append(
+            f"data: seq_length {config.data.seq_length} exceeds the model's {architecture.max_positions} positions "
+            f"(max_position_embeddings); lower --seq-length"
+        )
+    for store in filter(None, (train_store, valid_store)):
+        problems += _store_problems(store, config, facts)
+    if problems:
+        raise ConfigError(*problems)
+    order = build_order(config, layout, train_store.rows)
+    _check_position(start, order, train_store)
+    return RunPlan(
+        config=config,
+        layout=layout,
+        start=start,
+        facts=facts,
+        architecture=architecture,
+        train_store=train_store,
+        order=order,
+        valid_store=valid_store,
+        valid_order=None if valid_store is None else build_valid_order(config, layout, valid_store.rows),
+        schedule=build_schedule(config.optimizer, order.steps),
+        backend=resolve_backend(config.model.core_attention),
+    )
+
+
+def build_order(config: RunConfig, layout: ParallelLayout, store_rows: int) -> RowOrder:
+    """The order of a run over a store of `store_rows`; more steps than rows need epochs to be asked for."""
+    training, data = config.training, config.data
+    epochs = training.num_train_epochs
+    total = store_rows * (epochs or 1)
+    if training.train_iters is not None:
+        total = rows_of_steps(store_rows, data.global_batch_size, training.train_iters)
+    if training.train_samples is not None:
+        total = training.train_samples
+    if epochs is None and total > store_rows:
+        wanted = (
+            f"--train-iters {training.train_iters} x --global-batch-size {data.global_batch_size}"
+            if training.train_iters is not None
+            else f"--train-samples {training.train_samples}"
+        )
+        raise ConfigError(
+            f"training: {wanted} needs more rows than the {store_rows} of {data.train_data_path}; "
+            f"use --num-train-epochs E to read them more than once"
+        )
+    return RowOrder(
+        store_rows=store_rows,
+        total_rows=total,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        dp_size=layout.dp,
+        shuffle=data.shuffle,
+        seed=training.seed,
+    )
+
+
+def build_valid_order(config: RunConfig, layout: ParallelLayout, store_rows: int) -> RowOrder:
+    """Every row once, in order; a batch no larger than the store needs, the rest empty rows."""
+    rows = config.data.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
+    return RowOrder(
+        store_rows=store_rows,
+        total_rows=store_rows,
+        global_batch_size=min(config.data.global_batch_size, -(-store_rows // rows) * rows),
+        micro_batch_size=config.data.micro_batch_size,
+        dp_size=layout.dp,
+    )
+
+
+def _store_problems(store: TokenStore, config: RunConfig, facts: CheckpointFacts) -> list[str]:
+    problems: list[str] = []
+    try:
+        check_store_fits(store, seq_length=config.data.seq_length, vocabulary=facts.vocabulary)
+    except DataError as error:
+        problems += error.problems
+    recorded, own = store.summary.tokenizer_sha256, facts.tokenizer_sha256
+    if recorded is not None and own is not None and recorded != own:
+        problems.append(
+            f"{store.prefix}: was made with another tokenizer (sha256 {recorded[:12]}…) than the checkpoint's "
+            f"({own[:12]}…); preprocess with the checkpoint's tokenizer/"
+        )
+    return problems
+
+
+def _check_position(start: StartPoint, order: RowOrder, store: TokenStore) -> None:
+    state = start.state
+    if state is None:
+        return
+    if state.train_store != store.identity:
+        raise CheckpointError(
+            f"resume: {start.directory} was trained on another token store than {store.prefix}; give that one, "
+            f"or start a new run from these weights with --pretrained-checkpoint {start.directory}"
+        )
+    if state.step > order.steps:
+        raise ConfigError(
+            f"training: {start.directory} has completed {state.step} steps, more than the {order.steps} asked for; "
+            f"raise --train-iters, --train-samples or --num-train-epochs"
+        )
+    if order.step_of_consumed(min(state.consumed_rows, order.total_rows)) != state.step:
+        raise CheckpointError(
+            f"resume: {start.directory} consumed {state.consumed_rows} rows in {state.step} steps, which is not "
+            f"where this order stands; keep --global-batch-size"
+        )
+
+

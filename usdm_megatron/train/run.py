@@ -1,0 +1,213 @@
+"""One rank's run, from a configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import sys
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usdm_megatron.config import RunConfig
+from usdm_megatron.config_file import dump_config
+from usdm_megatron.errors import EXIT_DONE, EXIT_FAULT, Preempted, TrainingFault, UserError
+from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.runtime.ranks import RankEnvironment
+
+if TYPE_CHECKING:
+    from usdm_megatron.runtime.process_groups import ProcessGroups
+    from usdm_megatron.train.loop import Loop
+    from usdm_megatron.train.preflight import RunPlan
+
+EXIT_FILE = "exit.json"
+_log = logging.getLogger(__name__)
+
+
+def run_pretrain(config: RunConfig, environment: RankEnvironment) -> int:
+    """Run this rank; returns the exit code, which rank 0 also leaves in `RUN/exit.json`.
+
+    Raises `UserError` before step 0 for wrong input; faults of ours propagate with their traceback.
+    """
+    from usdm_megatron.train.preflight import build_layout
+
+    layout = build_layout(config, environment.world_size)
+    record = _ExitRecord(config, environment.rank)
+    try:
+        step = _train(config, layout, environment, record)
+    except Preempted as stop:
+        record.write(stop.exit_code, str(stop), stop.step)
+        return stop.exit_code
+    except UserError as error:
+        record.write(error.exit_code, "; ".join(error.problems), None)
+        raise
+    except TrainingFault as fault:
+        record.write(fault.exit_code, str(fault), None)
+        if environment.rank == 0:
+            print(f"error: {fault}", file=sys.stderr)
+        return fault.exit_code
+    except BaseException as error:
+        record.write(EXIT_FAULT, f"{type(error).__name__}: {error}", None)
+        raise
+    record.write(EXIT_DONE, "done", step)
+    return EXIT_DONE
+
+
+class _ExitRecord:
+    """`exit.json`: how the last start ended. Only a start that owns the directory touches it."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        self._path = Path(config.checkpoint.save or "") / EXIT_FILE
+        self._rank = rank
+        self._owns = False
+
+    def take_over(self) -> None:
+        """This start is the directory's: what the one before it left is history."""
+        self._owns = True
+        if self._rank == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
+
+    def write(self, code: int, reason: str, step: int | None) -> None:
+        if self._owns and self._rank == 0:
+            self._path.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
+
+
+def _train(config: RunConfig, layout: ParallelLayout, environment: RankEnvironment, record: _ExitRecord) -> int:
+    from usdm_megatron.checkpoint.ranks import on_rank_zero
+    from usdm_megatron.runtime.process_groups import open_process_groups
+    from usdm_megatron.train.preflight import plan_run
+    from usdm_megatron.train.preemption import stop_on_signal
+    from usdm_megatron.train.start import find_start
+
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    with open_process_groups(layout, environment, timeout=timeout) as groups, stop_on_signal() as stop:
+        start = on_rank_zero("resolving the checkpoint to start from", lambda: find_start(config))
+        plan = plan_run(config, layout, start)
+        if start.step == plan.steps:
+            if environment.rank == 0:
+                print(f"{start.directory} is already at the last step, {start.step}: nothing to do", flush=True)
+            return start.step
+        record.take_over()
+        with ExitStack() as stack:
+            loop, state = _assemble(plan, groups, stack)
+            return loop.run(state, stop).step
+
+
+def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[Loop, Any]:
+    """Build model, optimizer, loaders and reporter, and load the checkpoint."""
+    import torch
+
+    from usdm_megatron.checkpoint.commit import remove_stale_temporaries
+    from usdm_megatron.checkpoint.ranks import on_rank_zero
+    from usdm_megatron.data.step_work import StepCounter
+    from usdm_megatron.runtime.process_groups import seed_rank
+    from usdm_megatron.train.engine import build_engine
+    from usdm_megatron.train.loop import Loop
+    from usdm_megatron.train.metrics import FlopCounter, Reporter, forget_steps_after
+    from usdm_megatron.train.run_checkpoint import RunCheckpoints, layout_record
+    from usdm_megatron.train.start import RUN_CONFIG_FILE, TrainState
+
+    config, start, is_main = plan.config, plan.start, groups.rank == 0
+    run = Path(config.checkpoint.save or "")
+    seed_rank(config.training.seed, groups.coordinates)
+    engine = build_engine(config, plan.architecture, plan.facts.vocabulary, groups, plan.backend)
+    checkpoints = RunCheckpoints(config, plan.facts, engine.models, engine.optimizer, groups)
+    checkpoints.load(start)
+
+    def prepare_directory() -> None:
+        remove_stale_temporaries(run)
+        forget_steps_after(run, start.step)
+        (run / RUN_CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+
+    on_rank_zero(f"preparing {run}", prepare_directory)
+    reporter = Reporter(run, config.logging, dataclasses.asdict(config), plan.steps, enabled=is_main)
+    stack.callback(reporter.close)
+    _announce(plan, engine.parameters, groups, reporter)
+    state = start.state or TrainState(
+        task="pretrain", step=0, consumed_rows=0, train_store=plan.train_store.identity, layout={}
+    )
+    state = dataclasses.replace(state, layout=layout_record(groups.layout))
+    loop = Loop(
+        config=config,
+        order=plan.order,
+        loader=stack.enter_context(_loader(plan, groups, training=True)),
+        valid_order=plan.valid_order,
+        valid_loader=None if plan.valid_order is None else stack.enter_context(_loader(plan, groups, training=False)),
+        counter=StepCounter(
+            plan.train_store,
+            window=plan.architecture.sliding_window,
+            train_sample_boundaries=config.training.train_sample_boundaries,
+            cross_sample_attention=config.model.cross_sample_attention,
+        ),
+        schedule=plan.schedule,
+        step=engine.step,
+        optimizer=engine.optimizer,
+        flops=FlopCounter.of(
+            plan.architecture,
+            plan.facts.vocabulary.size,
+            torch.cuda.get_device_name() if groups.device.type == "cuda" else "cpu",
+        ),
+        reporter=reporter,
+        save=checkpoints.save,
+        memory_gib=_peak_memory_gib(groups.device.type),
+        world_size=groups.layout.world_size,
+    )
+    return loop, state
+
+
+def _loader(plan: RunPlan, groups: ProcessGroups, *, training: bool) -> Any:
+    from usdm_megatron.data.loader import MicroBatchLoader
+
+    config = plan.config
+    store, order = (plan.train_store, plan.order) if training else (plan.valid_store, plan.valid_order)
+    assert store is not None and order is not None
+    return MicroBatchLoader(
+        store,
+        order,
+        groups.coordinates.dp,
+        seq_length=config.data.seq_length,
+        vocabulary=plan.facts.vocabulary,
+        train_sample_boundaries=config.training.train_sample_boundaries,
+        cross_sample_attention=config.model.cross_sample_attention,
+        device=groups.device,
+    )
+
+
+def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: Any) -> None:
+    from usdm_megatron.recipes import recipe_fields
+
+    layout, config = groups.layout, plan.config
+    differences = ", ".join(
+        f"{field}={getattr(getattr(config, section), field)}"
+        for section, fields in recipe_fields(config.recipe).items()
+        for field in fields
+    )
+    precision = "bf16" if config.training.bf16 else "fp32"
+    reporter.say(
+        f"{layout.world_size} ranks: tp={layout.tp} pp={layout.pp} vpp={layout.vpp} dp={layout.dp} · "
+        f"{groups.device.type}, {precision}, {plan.backend} attention · {parameters:,} parameters on rank 0"
+    )
+    reporter.say(f"recipe {config.recipe}: {differences}")
+    reporter.say(
+        f"{plan.steps} steps of {config.data.global_batch_size} rows ({plan.micro_batches} micro-batches a rank) "
+        f"from {plan.train_store.prefix} ({plan.train_store.rows:,} rows, {plan.train_store.tokens:,} tokens)"
+    )
+    for skipped in plan.start.checkpoint.skipped:
+        reporter.event(plan.start.step, "skipped checkpoint", path=str(skipped.path), why="; ".join(skipped.problems))
+    if plan.start.state is not None:
+        reporter.event(plan.start.step, "resume", path=str(plan.start.directory))
+    else:
+        reporter.event(0, "start", path=str(plan.start.directory))
+
+
+def _peak_memory_gib(device: str) -> Any:
+    if device == "cuda":
+        import torch
+
+        return lambda: torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

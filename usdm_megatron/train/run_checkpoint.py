@@ -1,0 +1,122 @@
+"""A run's checkpoints: model, optimizer and random state to disk and back, at any layout."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usdm_megatron.checkpoint.commit import rotate, write_best
+from usdm_megatron.checkpoint.facts import CheckpointFacts, copy_facts, megatron_common, read_facts
+from usdm_megatron.checkpoint.ranks import on_rank_zero
+from usdm_megatron.checkpoint.store import SavedCheckpoint, load_sharded, save_checkpoint, stored_tensors
+from usdm_megatron.config import RunConfig
+from usdm_megatron.config_file import dump_config
+from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.runtime.process_groups import ProcessGroups
+from usdm_megatron.runtime.random_state import get_random_state, set_random_state
+from usdm_megatron.train.optimizer import AdamW
+from usdm_megatron.train.start import RUN_CONFIG_FILE, StartPoint, TrainState
+
+_RANDOM_STATE = "random_state"
+
+
+class RunCheckpoints:
+    """Saves and loads what a run needs to go on; `chunks` are the bare models, not their wrappers."""
+
+    def __init__(
+        self, config: RunConfig, facts: CheckpointFacts, chunks: list[Any], optimizer: AdamW, groups: ProcessGroups
+    ) -> None:
+        self._config = config
+        self._facts = facts
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._groups = groups
+
+    def save(self, state: TrainState) -> tuple[SavedCheckpoint, float]:
+        """Save after `state.step` steps, rotate old ones; returns what was written and the seconds it took."""
+        started_at = time.perf_counter()
+        root = Path(self._config.checkpoint.save or "")
+        model = self._model_state()
+        tensors = {
+            "model": model,
+            "optimizer": self._optimizer.sharded_state(model, loading=False),
+            _RANDOM_STATE: self._random_state_shard(),
+        }
+        dtype = "bf16" if self._config.training.bf16 else "fp32"
+        common = megatron_common(self._facts.hf_config, self._facts.vocabulary, state.step, dtype)
+        saved = save_checkpoint(root, state.step, tensors, common, lambda directory: self._write_facts(directory, state))
+        on_rank_zero(f"rotating {root}", lambda: self._rotate(root, state))
+        # later saves copy the facts from here: where the run started may be rotated away
+        self._facts = read_facts(saved.path)
+        return saved, time.perf_counter() - started_at
+
+    def load(self, start: StartPoint) -> None:
+        """Continue a run exactly, or take weights alone."""
+        if start.state is None:
+            self._load_weights(start.directory)
+        else:
+            self._load_run(start.directory, start.state)
+
+    def _load_weights(self, directory: Path) -> None:
+        loaded = load_sharded(directory, {"model": self._model_state()}, strict="requested", cast=True)
+        self._take_model(loaded["model"])
+        self._optimizer.reload_masters()
+
+    def _load_run(self, directory: Path, state: TrainState) -> None:
+        model = self._model_state()
+        loaded = load_sharded(
+            directory,
+            {
+                "model": model,
+                "optimizer": self._optimizer.sharded_state(model, loading=True),
+                _RANDOM_STATE: _whole_random_state(directory),
+            },
+        )
+        self._take_model(loaded["model"])
+        self._optimizer.load_state(loaded["optimizer"], state.step)
+        if state.layout == layout_record(self._groups.layout):
+            set_random_state(loaded[_RANDOM_STATE][self._groups.rank])
+        # at another layout the ranks' states mean nothing: the run goes on from its seed
+
+    def _model_state(self) -> dict[str, Any]:
+        return {f"chunk_{index}": chunk.sharded_state_dict() for index, chunk in enumerate(self._chunks)}
+
+    def _take_model(self, loaded: dict[str, Any]) -> None:
+        for index, chunk in enumerate(self._chunks):
+            chunk.load_state_dict(loaded[f"chunk_{index}"], strict=True)
+
+    def _random_state_shard(self) -> Any:
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        own = get_random_state().unsqueeze(0)
+        return ShardedTensor.from_rank_offsets(
+            _RANDOM_STATE, own, (0, self._groups.rank, self._groups.layout.world_size)
+        )
+
+    def _write_facts(self, directory: Path, state: TrainState) -> None:
+        copy_facts(self._facts, directory)
+        (directory / RUN_CONFIG_FILE).write_text(dump_config(self._config), encoding="utf-8")
+        state.write(directory)
+
+    def _rotate(self, root: Path, state: TrainState) -> None:
+        if self._config.checkpoint.keep_best and state.best_step is not None:
+            write_best(root, state.best_step)
+        rotate(root, self._config.checkpoint.save_total_limit)
+
+
+def layout_record(layout: ParallelLayout) -> dict[str, int]:
+    """A layout as `train_state.json` keeps it."""
+    return asdict(layout)
+
+
+def _whole_random_state(directory: Path) -> Any:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    stored = stored_tensors(directory)[_RANDOM_STATE]
+    empty: Tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+    return ShardedTensor.from_rank_offsets(_RANDOM_STATE, empty)

@@ -1,0 +1,141 @@
+"""Where a run's weights come from: a run to continue, or weights to start with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from usdm_megatron.checkpoint.resolve import ResolvedCheckpoint, has_checkpoint, resolve_checkpoint
+from usdm_megatron.config import CheckpointConfig, RunConfig
+from usdm_megatron.config_file import load_config
+from usdm_megatron.errors import CheckpointError, ConfigError
+
+RUN_CONFIG_FILE = "run_config.yaml"
+STATE_FILE = "train_state.json"
+Task = Literal["pretrain"]
+
+# What may differ between the checkpoint and the run that continues it: layout, micro-batch, duration,
+# intervals, logging, kernels. Everything else decides the numbers or the order of the rows.
+_FIXED_ON_RESUME: dict[str, tuple[str, ...]] = {
+    "model": ("cross_sample_attention",),
+    "data": ("seq_length", "global_batch_size", "shuffle"),
+    "optimizer": ("lr", "min_lr", "lr_decay_style", "weight_decay", "decay_norms", "clip_grad", "adam_beta1",
+                  "adam_beta2", "adam_eps"),
+    "training": ("seed", "bf16", "train_sample_boundaries", "loss_reduction"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run's checkpoint knows besides tensors (`train_state.json`)."""
+
+    task: Task
+    step: int  # completed steps
+    consumed_rows: int
+    train_store: str  # identity of the token store
+    layout: dict[str, int]  # world_size, tp, pp, vpp that wrote it: its RNG states belong to these ranks
+    best_loss: float | None = None  # lowest evaluation loss so far
+    best_step: int | None = None
+
+    def write(self, directory: Path) -> None:
+        (directory / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> TrainState:
+        """Raises `CheckpointError` where the file is missing or not ours."""
+        try:
+            return cls(**json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{directory / STATE_FILE} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """The checkpoint that a run begins from; `state` only when it continues a run."""
+
+    checkpoint: ResolvedCheckpoint
+    state: TrainState | None
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def step(self) -> int:
+        return self.state.step if self.state else 0
+
+
+def find_start(config: RunConfig) -> StartPoint:
+    """Resolve `--load` / `--pretrained-checkpoint`; reads every byte of the chosen checkpoint.
+
+    Raises `CheckpointError` or `ConfigError` when there is nothing to start from, or what is there
+    belongs to another run.
+    """
+    checkpoint = config.checkpoint
+    check_save_directory(checkpoint)
+    if checkpoint.load is not None and has_checkpoint(Path(checkpoint.load)):
+        resolved = resolve_checkpoint(Path(checkpoint.load), checkpoint.ckpt_step, fallback=True)
+        if not (resolved.path / STATE_FILE).is_file():
+            return StartPoint(resolved, None)  # a converted checkpoint: weights, step 0
+        state = TrainState.read(resolved.path)
+        check_resumable(config, resolved.path, state)
+        return StartPoint(resolved, state)
+    if checkpoint.load is not None and (checkpoint.exit_on_missing_checkpoint or not checkpoint.pretrained_checkpoint):
+        raise CheckpointError(
+            f"checkpoint: --load {checkpoint.load} holds no checkpoint; "
+            + (
+                "drop --exit-on-missing-checkpoint to start afresh"
+                if checkpoint.pretrained_checkpoint
+                else "name weights to start from with --pretrained-checkpoint"
+            )
+        )
+    if checkpoint.pretrained_checkpoint is None:
+        raise ConfigError(
+            "checkpoint: there are no weights to start from; give --pretrained-checkpoint CK "
+            "(python tools/convert_hf_checkpoint.py import … makes one) or --load RUN"
+        )
+    path = Path(checkpoint.pretrained_checkpoint)
+    return StartPoint(resolve_checkpoint(path, checkpoint.ckpt_step, fallback=False), None)
+
+
+def check_save_directory(checkpoint: CheckpointConfig) -> None:
+    """Refuse `--save` into a directory that holds another run, or a converted model."""
+    if checkpoint.save is None:
+        raise ConfigError("checkpoint: --save is missing; name the run directory to write to")
+    save = Path(checkpoint.save)
+    if save.exists() and not save.is_dir():
+        raise ConfigError(f"checkpoint: --save {save} is a file; name a directory")
+    if (save / "release").exists():
+        raise ConfigError(f"checkpoint: --save {save} holds a converted model; name another directory")
+    holds_run = (save / RUN_CONFIG_FILE).exists() or has_checkpoint(save)
+    continues = checkpoint.load is not None and Path(checkpoint.load).resolve() == save.resolve()
+    if holds_run and not continues:
+        raise ConfigError(
+            f"checkpoint: --save {save} holds another run; name a fresh directory, "
+            f"or continue that run with --load {save}"
+        )
+
+
+def check_resumable(config: RunConfig, directory: Path, state: TrainState, task: Task = "pretrain") -> None:
+    """Refuse to continue a run of another task or under other numbers, field by field."""
+    if state.task != task:
+        raise CheckpointError(
+            f"{directory} is a {state.task} run and this is {task}; start from its weights with "
+            f"--pretrained-checkpoint {directory}"
+        )
+    saved = load_config(directory / RUN_CONFIG_FILE)
+    problems = [
+        f"resume: {section}.{field} was {before!r} in {directory} and is {now!r} now; keep it, "
+        f"or start a new run with --pretrained-checkpoint"
+        for section, fields in _FIXED_ON_RESUME.items()
+        for field in fields
+        if (before := _get(saved, section, field)) != (now := _get(config, section, field))
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _get(config: RunConfig, section: str, field: str) -> Any:
+    return getattr(getattr(config, section), field)

@@ -11,5 +11,5 @@ run() {
 run ruff format --check .
 run ruff check .
 run mypy
-run importlinter.cli lint --no-cache
+lint-imports --no-cache
 run bandit -q -r usdm_megatron tools

@@ -309,7 +309,11 @@ def test_a_killed_writer_leaves_no_store_and_a_rerun_gives_the_same_bytes(
     if overwrite:
         write_one(prefix, vocabulary, 6)
     mode = "overwrite" if overwrite else "new"
-    ended = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(prefix), stage, mode], check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED_WRITER, str(prefix), stage, mode],
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert ended.returncode == -signal.SIGKILL
     if overwrite and stage in ("append", "finish"):
         assert TokenStore.open(prefix).row(0).tokens.tolist() == [1, 6]  # the old store, untouched
@@ -321,6 +325,14 @@ def test_a_killed_writer_leaves_no_store_and_a_rerun_gives_the_same_bytes(
     for one, other in zip(StorePaths.of(prefix), StorePaths.of(tmp_path / "reference"), strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert len(names(tmp_path)) == 6
+
+
+def test_longer_remains_of_a_killed_writer_leave_no_trace(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    for suffix in ("bin", "idx", "json"):
+        (tmp_path / f"s.{suffix}.tmp").write_bytes(b"x" * 10_000)
+    write_one(tmp_path / "s", vocabulary, 5)
+    TokenStore.open(tmp_path / "s").verify()
+    assert names(tmp_path) == {"s.bin", "s.idx", "s.json"}
 
 
 def test_an_unwritable_directory(tmp_path: Path, vocabulary: Vocabulary) -> None:
@@ -385,6 +397,8 @@ def test_a_bin_of_another_size(write_store: Callable[..., TokenStore], change: i
         (78, struct.pack("<q", 2**40), "row starts do not rise"),
         (78, struct.pack("<q", -1), "row starts do not rise"),
         (86, struct.pack("<q", 2), "row starts do not rise"),
+        (86, struct.pack("<q", 4), "row starts do not rise from 0 to 3"),
+        (78, struct.pack("<qq", 1, 2), "row starts do not rise from 0 to 3"),  # the last sample in no row
     ],
 )
 def test_each_field_of_the_index(

@@ -19,7 +19,7 @@ _THREADS = 4  # hashlib releases the interpreter lock
 
 
 def files_below(directory: Path) -> list[str]:
-    """Names of all files below `directory`, relative, with forward slashes, sorted; without `integrity.json`."""
+    """Relative names of all files below `directory`, sorted, without `integrity.json`."""
     names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(name for name in names if name != INTEGRITY_FILE)
 

@@ -77,7 +77,7 @@ def read_tracker(root: Path) -> CheckpointName | None:
     Raises `CheckpointError` when it says neither a step nor `release`.
     """
     text = _read_text(root / TRACKER_FILE)
-    return text if text is None or text == RELEASE else _parse_step(root / TRACKER_FILE, text)  # type: ignore[return-value]
+    return text if text is None or text == RELEASE else _parse_step(root / TRACKER_FILE, text)
 
 
 def read_best(root: Path) -> int | None:

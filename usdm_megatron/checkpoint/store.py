@@ -97,9 +97,7 @@ def load_sharded(
     Raises `CheckpointError` on all ranks, naming each tensor that is missing, superfluous, or
     of another shape or type, before anything is read.
     """
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
     sharded_state_dict = _without_absent_extra_state(directory, sharded_state_dict)
     # Applying the factories splits tensors (gate and up), so compare what core will ask for.
@@ -112,36 +110,36 @@ def load_sharded(
             raise CheckpointError(
                 *(f"{directory} holds {key}, which this model or optimizer does not have" for key in extra)
             )
-    loaded = on_every_rank_local(
-        f"loading {directory}",
-        lambda: dist_checkpointing.load(
-            sharded_state_dict,
-            str(directory),
-            sharded_strategy=TorchDistLoadShardedStrategy(),
-            validate_access_integrity=False,  # a matter of saving; checked there
-        ),
-    )
-    return loaded
+    return on_every_rank_local(f"loading {directory}", lambda: _load(directory, sharded_state_dict))
 
 
-def load_full_tensors(directory: Path, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Whole tensors by their key, stacked over layers, in the type that they were stored in."""
-    from megatron.core.dist_checkpointing import ShardedTensor
+def load_full_tensors(
+    directory: Path, keys: Iterable[str], layer: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Whole tensors by their key, in the type that they were stored in, on CPU.
 
+    With `layer`, that layer of tensors that are stacked over layers. Needs a process group of
+    one rank (`single_process_group`).
+    """
     import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
 
     stored = stored_tensors(directory)
     keys = list(keys)
     if missing := [key for key in keys if key not in stored]:
         raise CheckpointError(*(f"{directory} does not hold {key}" for key in missing))
-    request = {
-        key: ShardedTensor.from_rank_offsets(
-            key, torch.empty(stored[key].shape, dtype=stored[key].dtype, device="cpu")
+    request: ShardedStateDict = {}
+    for key in keys:
+        # The layer axis is kept in the local shape: with `prepend_axis_num` core wants the whole grid
+        # of layers on its ranks (`strategies/torch.py:239`).
+        layers, *rest = stored[key].shape
+        shape = (layers, *rest) if layer is None else (1, *rest)
+        offsets = () if layer is None else ((0, layer, layers),)
+        request[key] = ShardedTensor.from_rank_offsets(
+            key, torch.empty(shape, dtype=stored[key].dtype, device="cpu"), *offsets
         )
-        for key in keys
-    }
-    loaded = load_sharded(directory, dict(request), strict="requested")
-    return {key: loaded[key] for key in keys}
+    loaded = load_sharded(directory, request, strict="requested")
+    return {key: loaded[key] if layer is None else loaded[key][0] for key in keys}
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -184,6 +182,32 @@ def on_every_rank_local(what: str, action: Callable[[], Any]) -> Any:
     result: list[Any] = []
     on_every_rank(what, lambda: result.append(action()))
     return result[0]
+
+
+def _load(directory: Path, sharded_state_dict: ShardedStateDict) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    with _torch_failures():
+        return dist_checkpointing.load(
+            sharded_state_dict,
+            str(directory),
+            sharded_strategy=TorchDistLoadShardedStrategy(),
+            validate_access_integrity=False,  # a matter of saving; checked there
+        )
+
+
+@contextmanager
+def _torch_failures() -> Iterator[None]:
+    """torch raises a `BaseException` on all ranks when one fails; make it an error that says which did what."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise CheckpointError(
+            *(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        ) from error
 
 
 def _write_torch_dist(
@@ -245,11 +269,12 @@ def _strategy() -> Any:
             by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
                 sharded_state_dict, keep_only_main_replica=True
             )
-            dcp.save(
-                mcore_to_pyt_state_dict(by_key),
-                storage_writer=ReproducibleWriter(checkpoint_dir),
-                planner=MCoreSavePlanner(flatten_state_dict=False),
-            )
+            with _torch_failures():
+                dcp.save(
+                    mcore_to_pyt_state_dict(by_key),
+                    storage_writer=ReproducibleWriter(checkpoint_dir),
+                    planner=MCoreSavePlanner(flatten_state_dict=False),
+                )
 
     return TorchDistSave(_BACKEND, _BACKEND_VERSION)
 

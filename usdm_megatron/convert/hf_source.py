@@ -70,8 +70,8 @@ def open_source(directory: Path) -> HFSource:
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     if pickled:
         raise ConversionError(
-            f"{directory} holds {pickled[0]} and no safetensors; .bin files are pickles, which can run code when "
-            "opened. Load the model with transformers where you trust it, and save_pretrained() it again"
+            f"{directory} holds {pickled[0]} and no safetensors; .bin files are pickles, which can run code "
+            "when opened. Load the model with transformers where you trust it, and save_pretrained() it again"
         )
     raise ConversionError(f"{directory} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}")
 
@@ -92,9 +92,7 @@ def locate(hf_path: str, revision: str | None, cache_dir: Path | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                hf_path, revision=revision, cache_dir=cache_dir, allow_patterns=_HUB_PATTERNS
-            )
+            snapshot_download(hf_path, revision=revision, cache_dir=cache_dir, allow_patterns=_HUB_PATTERNS)
         )
     except Exception as error:  # the hub's own, its HTTP library's and the file system's have no common base
         reason = str(error).strip().splitlines()
@@ -108,7 +106,9 @@ def locate(hf_path: str, revision: str | None, cache_dir: Path | None) -> Path:
 def check_tensors(source: HFSource, table: ArchitectureTable, model: HFArchitecture) -> None:
     """Refuse a source whose tensors are not exactly this architecture's; all problems at once."""
     expected = table.hf_shapes(model)
-    problems = [f"{source.directory}: tensor {name} is missing" for name in expected if name not in source.tensors]
+    problems = [
+        f"{source.directory}: tensor {name} is missing" for name in expected if name not in source.tensors
+    ]
     for name, tensor in source.tensors.items():
         if name not in expected:
             if not table.ignores(name, model) and not _is_tied_copy(source, name, model):

@@ -60,7 +60,9 @@ def _plain(core_key: str, hf_pattern: str, *shape: str) -> Entry:
 
 
 def _vocabulary(core_key: str, hf_pattern: str) -> Entry:
-    return Entry(core_key, (hf_pattern,), Arrangement.VOCABULARY, ("padded", "hidden"), (("vocab", "hidden"),))
+    return Entry(
+        core_key, (hf_pattern,), Arrangement.VOCABULARY, ("padded", "hidden"), (("vocab", "hidden"),)
+    )
 
 
 _EMBEDDING = _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
@@ -106,7 +108,12 @@ _MISTRAL_ENTRIES = (
 # Empty objects that core's linear layers ask for when they load strictly (`tensor_parallel/layers.py:1075`).
 EXTRA_STATE_KEYS = tuple(
     f"{_LAYER}.{module}._extra_state"
-    for module in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    for module in (
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    )
 )
 
 
@@ -141,7 +148,9 @@ class ArchitectureTable:
     def ignores(self, name: str, model: HFArchitecture) -> bool:
         """Whether an HF tensor may be there without being converted."""
         return any(
-            name == pattern.format(layer=layer) for pattern in self.ignored_hf_names for layer in range(model.layers)
+            name == pattern.format(layer=layer)
+            for pattern in self.ignored_hf_names
+            for layer in range(model.layers)
         )
 
 

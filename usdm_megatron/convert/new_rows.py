@@ -18,7 +18,9 @@ def new_rows(hf_name: str, token_ids: range, hidden: int, std: float, seed: int)
     rows = np.empty((len(token_ids), hidden), dtype=np.float32)
     tensor_number = _TENSOR_NUMBERS[hf_name]
     for row, token_id in zip(rows, token_ids, strict=True):
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, tensor_number, token_id])))
+        generator = np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence([seed, tensor_number, token_id]))
+        )
         generator.standard_normal(out=row, dtype=np.float32)
     rows *= np.float32(std)
     return torch.from_numpy(rows)

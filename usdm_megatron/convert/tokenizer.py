@@ -28,12 +28,15 @@ TOKENIZER_FILES = (
 # Ids of Mistral-7B-v0.1's SentencePiece model, by which it is recognised.
 _MISTRAL_PIECES = {"<s>": 1, "</s>": 2, "<0x0A>": 13, "▁some": 741, "▁": 28705}
 _MISTRAL_TEXT_SIZE = 32_000
-# What the original's dialog template needs of that tokenizer (`tests/data/dialog_golden.json`),
-# offsets from the first added id in braces. 28705 is where the spoken reply stops.
+# What the original's dialog template needs of that tokenizer (as in `tests/data/dialog_golden.json`);
+# strings are added tokens. 28705 is where the spoken reply stops.
 _MISTRAL_CHECKS: tuple[tuple[str, tuple[int | str, ...]], ...] = (
     ("some words here", (1, 741, 3085, 1236)),
     ("\n", (1, 28705, 13)),
-    ("### User\n<|unit5|><|correspond|>i'm fine\n", (1, 774, 11, "unit5", "correspond", 613, 28742)),
+    (
+        "### User\n<|unit5|><|correspond|>i'm fine\n",
+        (1, 774, 1247, 13, "unit5", "correspond", 613, 28742, 28719, 4433, 13),
+    ),
     ("<|unit1|><|unit2|>\n</s>", (1, "unit1", "unit2", 28705, 13, 2)),
 )
 
@@ -67,7 +70,8 @@ def read_vocabulary(directory: Path, vocab_size: int, bos_id: int, eos_id: int) 
             )
         if size > vocab_size:
             raise ConversionError(
-                f"{directory}: the tokenizer has {size} ids, the model only {vocab_size} (config.json, vocab_size)"
+                f"{directory}: the tokenizer has {size} ids, the model only {vocab_size} "
+                "(config.json, vocab_size)"
             )
         return Vocabulary(text_size=vocab_size, unit_count=0, bos_id=bos_id, eos_id=eos_id)
     text_size = ids[CONTINUE_TOKEN]
@@ -75,12 +79,14 @@ def read_vocabulary(directory: Path, vocab_size: int, bos_id: int, eos_id: int) 
     while ids.get(unit_token(unit_count)) == text_size + 2 + unit_count:
         unit_count += 1
     vocabulary = Vocabulary(text_size=text_size, unit_count=unit_count, bos_id=bos_id, eos_id=eos_id)
-    problems = [] if vocabulary.has_speech else [f"{directory}: partially extended: there is no {unit_token(0)}"]
+    problems = (
+        [] if vocabulary.has_speech else [f"{directory}: partially extended: there is no {unit_token(0)}"]
+    )
     problems += _misplaced(directory, ids, vocabulary)
     if not problems and vocab_size != vocabulary.size:
         problems.append(
-            f"{directory}: partially extended: the tokenizer has {vocabulary.size} ids, the model {vocab_size} "
-            "(config.json, vocab_size)"
+            f"{directory}: partially extended: the tokenizer has {vocabulary.size} ids, the model "
+            f"{vocab_size} (config.json, vocab_size)"
         )
     if problems:
         raise ConversionError(*problems)
@@ -98,8 +104,8 @@ def extend_tokenizer(source: Path, target: Path, vocabulary: Vocabulary, model_m
     ids = token_ids(source)
     if max(ids.values()) + 1 != vocabulary.text_size:
         raise ConversionError(
-            f"{source}: the tokenizer has {max(ids.values()) + 1} ids and the model {vocabulary.text_size} rows; "
-            "new tokens would not get the new rows"
+            f"{source}: the tokenizer has {max(ids.values()) + 1} ids and the model "
+            f"{vocabulary.text_size} rows; new tokens would not get the new rows"
         )
     added = [
         {
@@ -114,12 +120,17 @@ def extend_tokenizer(source: Path, target: Path, vocabulary: Vocabulary, model_m
     ]
     numbered = list(enumerate(added, start=vocabulary.text_size))
     content = _fast_content(source)
-    content["added_tokens"] = [*content.get("added_tokens", []), *({"id": i, **token} for i, token in numbered)]
+    content["added_tokens"] = [
+        *content.get("added_tokens", []),
+        *({"id": i, **token} for i, token in numbered),
+    ]
     _write_json(target / "tokenizer.json", content)
     _edit_config(target, {str(i): token for i, token in numbered}, content["added_tokens"], model_max_length)
     if (target / "added_tokens.json").is_file():
         known = read_json_object(target / "added_tokens.json")
-        _write_json(target / "added_tokens.json", {**known, **{str(token["content"]): i for i, token in numbered}})
+        _write_json(
+            target / "added_tokens.json", {**known, **{str(token["content"]): i for i, token in numbered}}
+        )
 
 
 def check_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
@@ -131,7 +142,9 @@ def check_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # transformers and tokenizers raise what they like on odd files
         raise ConversionError(f"{directory}: transformers cannot load the tokenizer: {error}") from error
     problems = []
@@ -140,7 +153,9 @@ def check_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
         expected = range(vocabulary.text_size, vocabulary.size)
         wrong = [
             f"{directory}: {token} has id {found}, expected {wanted}"
-            for token, found, wanted in zip(tokens, tokenizer.convert_tokens_to_ids(tokens), expected, strict=True)
+            for token, found, wanted in zip(
+                tokens, tokenizer.convert_tokens_to_ids(tokens), expected, strict=True
+            )
             if found != wanted
         ]
         problems += wrong[:3]
@@ -218,8 +233,8 @@ def _template_problems(tokenizer: Any, directory: Path, vocabulary: Vocabulary) 
         found = tokenizer(text)["input_ids"]
         if found != wanted:
             problems.append(
-                f"{directory}: {text!r} becomes {found}, expected {wanted}: this tokenizer does not cut the dialog "
-                "template as the original does"
+                f"{directory}: {text!r} becomes {found}, expected {wanted}: this tokenizer does not cut the "
+                "dialog template as the original does"
             )
     return problems
 

@@ -7,7 +7,9 @@ Nothing is unpickled and no foreign code is run (`datasets.load_from_disk` reads
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -176,6 +178,7 @@ def open_cache(directory: Path) -> dict[str, CacheSource]:
             f"{directory}: neither dataset_dict.json nor state.json in it, so it is no dataset on disk; "
             "--input takes what datasets.DatasetDict.save_to_disk wrote"
         )
+    _refuse_empty_datasets(directory)
     import datasets  # takes a second
 
     try:
@@ -196,6 +199,18 @@ def open_cache(directory: Path) -> dict[str, CacheSource]:
     }
 
 
+def _refuse_empty_datasets(directory: Path) -> None:
+    """Name a dataset without rows, for which `load_from_disk` (5.2) fails with an `IndexError`."""
+    for state in (directory / "state.json", *sorted(directory.glob("*/state.json"))):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # datasets says what is wrong
+            if json.loads(state.read_bytes()).get("_data_files") == []:
+                raise DataError(_no_rows_message(str(state.parent)))
+
+
+def _no_rows_message(name: str) -> str:
+    return f"{name}: holds no rows, and an empty store cannot be trained on; fill the split or leave it out"
+
+
 def _check_cache_column(dataset: datasets.Dataset, name: str) -> None:
     import pyarrow
 
@@ -206,7 +221,7 @@ def _check_cache_column(dataset: datasets.Dataset, name: str) -> None:
             "save the packed rows as lists of ids in that column"
         )
     if len(dataset) == 0:
-        raise DataError(f"{name}: holds no rows; an empty store cannot be trained on")
+        raise DataError(_no_rows_message(name))
     kind = dataset.data.schema.field(CACHE_COLUMN).type
     is_list = any(
         test(kind)

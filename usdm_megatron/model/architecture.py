@@ -79,10 +79,19 @@ def build_transformer_config(
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=_can_deallocate_outputs(parallel),
         **_virtual_pipeline(parallel),
         **_recompute(parallel, architecture.layers),
     )
+
+
+def _can_deallocate_outputs(parallel: ParallelConfig) -> bool:
+    """Whether core may free a stage's output after sending it.
+
+    Not with overlapped sends over gloo: the send still reads the memory (seen: a wrong loss, another
+    one every run). NCCL's stream order makes it safe.
+    """
+    return parallel.num_virtual_stages_per_pipeline_rank == 1 or torch.cuda.is_available()
 
 
 def _virtual_pipeline(parallel: ParallelConfig) -> dict[str, Any]:

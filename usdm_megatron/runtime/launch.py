@@ -20,6 +20,8 @@ def launch_local_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
 
     # gloo otherwise listens where the host's name resolves to; these ranks all live here
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    # as torchrun does, but leaving no core idle: ranks that share cores must not each take them all
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -27,6 +29,7 @@ def launch_local_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
+        run_id="usdm-megatron",
         max_restarts=0,
         monitor_interval=0.1,
     )

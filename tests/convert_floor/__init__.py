@@ -1,0 +1,1 @@
+"""The converter: both directions, tokenizer, new rows, bad input."""

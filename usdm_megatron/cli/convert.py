@@ -1,0 +1,78 @@
+"""`tools/convert_hf_checkpoint.py` and `usdm-megatron convert`: flags of the converter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from usdm_megatron.convert.options import ExportOptions, ImportOptions, VerifyOptions
+from usdm_megatron.errors import EXIT_DONE
+
+Command = (
+    Annotated[ImportOptions, tyro.conf.subcommand("import")]
+    | Annotated[ExportOptions, tyro.conf.subcommand("export")]
+    | Annotated[VerifyOptions, tyro.conf.subcommand("verify")]
+)
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Parse `argv`, convert or compare, print what was done."""
+    options = tyro.cli(
+        Command,
+        args=list(argv),
+        prog="convert_hf_checkpoint.py",
+        description="Convert between Hugging Face models and torch_dist checkpoints.",
+    )
+    # torch takes seconds to import; --help and a wrong flag must not wait for it
+    match options:
+        case ImportOptions():
+            return _import(options)
+        case ExportOptions():
+            return _export(options)
+        case VerifyOptions():
+            return _verify(options, argv)
+
+
+def _import(options: ImportOptions) -> int:
+    from usdm_megatron.convert.import_hf import run_import
+
+    summary = run_import(options)
+    rows = f", {summary.new_rows:,} new" if summary.new_rows else ""
+    print(
+        f"{summary.path}: {summary.model.layers} layers, {summary.vocabulary.size:,} ids{rows}, "
+        f"{summary.weight_type}, {summary.size_bytes / 1e9:.2f} GB"
+    )
+    return EXIT_DONE
+
+
+def _export(options: ExportOptions) -> int:
+    from usdm_megatron.convert.export_hf import run_export
+
+    summary = run_export(options)
+    files = "1 file" if len(summary.files) == 1 else f"{len(summary.files)} files"
+    print(
+        f"{summary.path}: from {summary.checkpoint}, {summary.weight_type}, {files} of weights, "
+        f"{summary.size_bytes / 1e9:.2f} GB"
+    )
+    return EXIT_DONE
+
+
+def _verify(options: VerifyOptions, argv: Sequence[str]) -> int:
+    if options.mode == "weights":
+        from usdm_megatron.convert.verify_weights import compare_weights
+
+        print(compare_weights(options).describe())
+        return EXIT_DONE
+    from usdm_megatron.runtime.ranks import RankEnvironment, ranks_from_environment
+
+    environment = ranks_from_environment()
+    ranks = options.tensor_model_parallel_size * options.pipeline_model_parallel_size
+    if environment is None and ranks > 1:
+        from usdm_megatron.runtime.launch import launch_local_ranks
+
+        return launch_local_ranks("usdm_megatron.cli", ["convert", *argv], ranks)
+    from usdm_megatron.convert.verify import run_verify_logits
+
+    return run_verify_logits(options, environment or RankEnvironment())

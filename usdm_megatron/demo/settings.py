@@ -1,0 +1,56 @@
+"""The demo's numbers, in one place; `examples/pretrain_usdm.sh` repeats those that are flags.
+
+Found by trial on one CPU thread (docs/experiments.md): small enough for two cores and two
+minutes, large enough that text is predicted from the speech before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Shape of the demo's model, corpus and run."""
+
+    seed: int = 42
+
+    # model
+    hidden_size: int = 96
+    intermediate_size: int = 192
+    layers: int = 4
+    heads: int = 4
+    query_groups: int = 2
+    head_dim: int = 32  # not hidden / heads, as a reminder that it need not be
+    sliding_window: int = 40  # tokens; shorter than the longest sample
+    max_positions: int = 512  # tokens
+    rms_norm_eps: float = 3e-4
+    initializer_range: float = 0.1  # at 0.02 so small a model learns nothing across modalities in time
+
+    # corpus
+    words: int = 30
+    word_units: int = 2  # speech units that a word is made of
+    repeated_unit_share: float = 0.25  # a unit lasts twice as long
+    noisy_unit_share: float = 0.05  # a unit is another one
+    short_utterance_words: tuple[int, int] = (3, 6)
+    long_utterance_words: tuple[int, int] = (9, 16)
+    long_utterance_share: float = 0.1
+    segment_units: int = 32  # the original's 500 (10 s), for utterances of this length
+    heldout_utterances: int = 200
+    swap_utterances: int = 100
+
+    # run
+    seq_length: int = 128  # tokens a row
+    global_batch_size: int = 4  # rows
+    micro_batch_size: int = 1  # rows
+    train_iters: int = 330  # steps
+    lr: float = 4e-3
+    lr_warmup_iters: int = 10  # steps
+
+    @property
+    def train_rows(self) -> int:
+        """Rows that exactly fill every step: each is read once, in order."""
+        return self.train_iters * self.global_batch_size
+
+
+DEMO = DemoSettings()

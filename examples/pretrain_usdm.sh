@@ -139,6 +139,9 @@ cluster() {
     # shellcheck disable=SC2206  # EXTRA_ARGS is a list of words
     train+=(${EXTRA_ARGS:-})
 
+    # Wrong input ends here with one clear message and code 2, before any rank meets another.
+    "${PYTHON:-python}" -m usdm_megatron.cli "${train[@]}" --dry-run --world-size $((nnodes * gpus))
+
     local marker launcher code=0
     marker="$(mktemp)"
     printf '$ torchrun … -m usdm_megatron.cli %s\n' "${train[*]}"

@@ -1,5 +1,9 @@
 """Imported once by the fork server, so that a rank starts in milliseconds."""
 
+from usdm_megatron.log import quiet_upstream
+
+quiet_upstream()
+
 import megatron.core.models.gpt  # noqa: F401
 import megatron.core.optimizer  # noqa: F401
 import torch  # noqa: F401

@@ -46,7 +46,9 @@ def commit_checkpoint(
     final = root / directory_name(name)
     temporary = on_rank_zero(f"creating {final}", lambda: _make_temporary(final, replace))
     try:
-        on_every_rank(f"writing {final}", lambda: _write(temporary, write))
+        # a stage of its own: `write` has collectives inside, which a rank that stops early would upset
+        on_every_rank(f"writing {final}", lambda: _check_shared(temporary))
+        on_every_rank(f"writing {final}", lambda: write(temporary))
         hashes = on_every_rank(f"syncing {final}", lambda: _sync_own_files(temporary))
         merged = {file: digest for of_rank in hashes for file, digest in of_rank.items()}
         on_rank_zero(f"committing {final}", lambda: _publish(root, name, temporary, merged))
@@ -173,13 +175,12 @@ def _make_temporary(final: Path, replace: bool) -> Path:
     return temporary
 
 
-def _write(temporary: Path, write: Callable[[Path], None]) -> None:
+def _check_shared(temporary: Path) -> None:
     if not temporary.is_dir():
         raise CheckpointError(
             f"{temporary.parent} is not the same directory on every rank; --save must be on a file system "
             "that all nodes share"
         )
-    write(temporary)
 
 
 def _sync_own_files(temporary: Path) -> dict[str, str]:

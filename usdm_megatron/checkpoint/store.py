@@ -99,13 +99,16 @@ def load_sharded(
     """
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
-    sharded_state_dict = _without_absent_extra_state(directory, sharded_state_dict)
+    stored, objects = on_every_rank_local(f"reading {directory}", lambda: _stored(directory))
+    sharded_state_dict = _without_absent_extra_state(sharded_state_dict, objects)
     # Applying the factories splits tensors (gate and up), so compare what core will ask for.
     requested = _sharded_leaves(load_preprocess(sharded_state_dict)[0])
-    gathered = on_every_rank(f"reading {directory}", lambda: _compare(directory, requested, cast))
+    asked = on_every_rank(
+        f"reading {directory}", lambda: _check_fit(directory, requested, stored, objects, cast)
+    )
     if strict == "all":
-        asked = set().union(*(keys for keys, _ in gathered))
-        extra = sorted(key for key in gathered[0][1] - asked if not key.endswith(_EXTRA_STATE))
+        there = {*stored, *(name.split("/shard_")[0] for name in objects)}
+        extra = sorted(key for key in there.difference(*asked) if not key.endswith(_EXTRA_STATE))
         if extra:
             raise CheckpointError(
                 *(f"{directory} holds {key}, which this model or optimizer does not have" for key in extra)
@@ -153,7 +156,7 @@ def read_common(directory: Path) -> dict[str, Any]:
 
     path = directory / COMMON_FILE
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _namespace_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types on bytes that are no checkpoint
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
@@ -188,7 +191,7 @@ def _load(directory: Path, sharded_state_dict: ShardedStateDict) -> dict[str, An
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-    with _torch_failures():
+    with _torch_failures(), _namespace_allowed():
         return dist_checkpointing.load(
             sharded_state_dict,
             str(directory),
@@ -198,8 +201,23 @@ def _load(directory: Path, sharded_state_dict: ShardedStateDict) -> dict[str, An
 
 
 @contextmanager
+def _namespace_allowed() -> Iterator[None]:
+    """Let `torch.load(weights_only=True)` make the one class that Megatron-LM keeps in `common.pt`.
+
+    megatron.core allows it for good when it is imported; torch's context manager would take that back.
+    """
+    import torch
+
+    if argparse.Namespace in torch.serialization.get_safe_globals():
+        yield
+        return
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        yield
+
+
+@contextmanager
 def _torch_failures() -> Iterator[None]:
-    """torch raises a `BaseException` on all ranks when one fails; make it an error that says which did what."""
+    """torch raises a `BaseException` on all ranks when one fails; make it an error that names the rank."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -226,7 +244,9 @@ def _write_torch_dist(
         validate_sharding_integrity,
     )
 
-    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    sharded, common = on_every_rank_local(
+        "collecting the shards", lambda: save_preprocess(state, validate_access_integrity=False)
+    )
     _, global_metadata = determine_global_metadata(sharded)
     on_rank_zero("checking the shards", lambda: validate_sharding_integrity(global_metadata))
     on_rank_zero(f"writing {directory}", lambda: _write_common(directory, common, extra_files))
@@ -279,12 +299,13 @@ def _strategy() -> Any:
     return TorchDistSave(_BACKEND, _BACKEND_VERSION)
 
 
-def _compare(directory: Path, requested: list[Any], cast: bool) -> tuple[set[str], set[str]]:
-    """Keys that this rank asks for and keys that the checkpoint holds; raises on what does not fit."""
+def _check_fit(
+    directory: Path, requested: list[Any], stored: dict[str, StoredTensor], objects: set[str], cast: bool
+) -> set[str]:
+    """The keys that this rank asks for; raises on what the checkpoint lacks or has in another form."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    stored, objects = _stored(directory)
-    problems: dict[str, None] = {}
+    problems: dict[str, None] = {}  # in order, each once
     for leaf in requested:
         if not isinstance(leaf, ShardedTensor):
             if leaf.unique_key not in objects:
@@ -301,7 +322,7 @@ def _compare(directory: Path, requested: list[Any], cast: bool) -> tuple[set[str
             problems[f"{directory}: {leaf.key} is {there.dtype}, expected {leaf.dtype}"] = None
     if problems:
         raise CheckpointError(*problems)
-    return {leaf.key for leaf in requested}, {*stored, *(name.split("/shard_")[0] for name in objects)}
+    return {leaf.key for leaf in requested}
 
 
 def _stored(directory: Path) -> tuple[dict[str, StoredTensor], set[str]]:
@@ -323,12 +344,10 @@ def _stored(directory: Path) -> tuple[dict[str, StoredTensor], set[str]]:
     return tensors, {key for key in entries if key not in tensors}
 
 
-def _without_absent_extra_state(directory: Path, sharded_state_dict: ShardedStateDict) -> ShardedStateDict:
+def _without_absent_extra_state(sharded_state_dict: ShardedStateDict, objects: set[str]) -> ShardedStateDict:
     """A copy in which every `_extra_state` that the checkpoint lacks is None already."""
     from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-
-    objects = on_every_rank_local(f"reading {directory}", lambda: _stored(directory)[1])
 
     def replace(leaf: Any) -> Any:
         absent = (

@@ -75,11 +75,13 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
         raise ConfigError(f"verify runs on tp x pp = {layout.tp * layout.pp} ranks, not {layout.world_size}")
     with open_process_groups(layout, environment, timeout=_TIMEOUT) as groups:
         resolved = on_rank_zero(
-            f"verifying {options.load}", lambda: resolve_checkpoint(options.load, options.ckpt_step, fallback=False)
+            f"verifying {options.load}",
+            lambda: resolve_checkpoint(options.load, options.ckpt_step, fallback=False),
         )
         facts = read_facts(resolved.path)
         row = _shortened(
-            build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED), options.sequence_length
+            build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED),
+            options.sequence_length,
         )
         ours = _our_logits(options, facts, row, groups)
         return on_rank_zero("comparing logits", lambda: _compare(options, facts, row, ours))
@@ -121,8 +123,12 @@ def _our_logits(
     if problems:
         raise ConfigError(*problems)
     core_config = build_transformer_config(architecture, parallel, dtype=torch.float32)
-    (model,) = build_model_chunks(core_config, architecture, vocabulary, groups, resolve_backend(options.core_attention))
-    loaded = load_sharded(facts.directory, {"model": model.sharded_state_dict()}, strict="requested", cast=True)
+    (model,) = build_model_chunks(
+        core_config, architecture, vocabulary, groups, resolve_backend(options.core_attention)
+    )
+    loaded = load_sharded(
+        facts.directory, {"model": model.sharded_state_dict()}, strict="requested", cast=True
+    )
     model.load_state_dict(loaded["model"])
     model.eval()
     batch = _batch(row, facts).to(groups.device)
@@ -225,10 +231,11 @@ def _shortened(row: VerificationRow, limit: int | None) -> VerificationRow:
             break
         lengths.append(length)
     if not lengths:
-        raise ConversionError(f"--sequence-length {limit} holds none of the samples {row.sample_lengths}; raise it")
+        raise ConversionError(
+            f"--sequence-length {limit} holds none of the samples {row.sample_lengths}; raise it"
+        )
     return VerificationRow(row.tokens[: sum(lengths)], tuple(lengths))
 
 
 def _nan_is_worst(value: float) -> float:
     return float("inf") if value != value else value
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +110,11 @@ def _recompute(parallel: ParallelConfig, layers: int) -> dict[str, Any]:
     if parallel.recompute_granularity == "none":
         return {}
     if parallel.recompute_granularity == "selective":
+        if "layernorm" in parallel.recompute_modules and not importlib.util.find_spec("transformer_engine"):
+            raise ConfigError(
+                "parallel: recompute module layernorm needs transformer-engine in megatron-core 0.16 and it is not "
+                "installed; drop it from --recompute-modules"
+            )
         return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
     chunk = layers // (parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank)
     if parallel.recompute_num_layers > chunk:

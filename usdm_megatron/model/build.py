@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -64,8 +66,21 @@ def build_model_chunks(
             pg_collection=groups.collection,
             vp_stage=stage,
         )
+        _mark_sharded_weights(model)
         chunks.append(model.to(groups.device))
     return chunks
+
+
+def _mark_sharded_weights(model: torch.nn.Module) -> None:
+    """Say which weights are shards: the gradient norm counts all others on the first tensor parallel rank only.
+
+    Core does it while it initialises (`tensor_parallel/layers.py:137`), which weights that are loaded skip.
+    """
+    sharded_axis = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        axis = sharded_axis.get(type(module))
+        if axis is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=axis, stride=1)
 
 
 def parameter_count(chunks: list[PackedGPTModel]) -> int:

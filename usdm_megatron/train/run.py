@@ -19,6 +19,8 @@ from usdm_megatron.layout import ParallelLayout
 from usdm_megatron.runtime.ranks import RankEnvironment
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from usdm_megatron.runtime.process_groups import ProcessGroups
     from usdm_megatron.train.loop import Loop
     from usdm_megatron.train.preflight import RunPlan
@@ -27,17 +29,17 @@ EXIT_FILE = "exit.json"
 _log = logging.getLogger(__name__)
 
 
-def run_pretrain(config: RunConfig, environment: RankEnvironment) -> int:
+def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.Store | None = None) -> int:
     """Run this rank; returns the exit code, which rank 0 also leaves in `RUN/exit.json`.
 
-    Raises `UserError` before step 0 for wrong input; faults of ours propagate with their traceback.
+    `store` is where ranks meet instead of the environment's address (tests: a file). Raises `UserError` before step 0 for wrong input; faults of ours propagate with their traceback.
     """
     from usdm_megatron.train.preflight import build_layout
 
     layout = build_layout(config, environment.world_size)
     record = _ExitRecord(config, environment.rank)
     try:
-        step = _train(config, layout, environment, record)
+        step = _train(config, layout, environment, store, record)
     except Preempted as stop:
         record.write(stop.exit_code, str(stop), stop.step)
         return stop.exit_code
@@ -76,7 +78,13 @@ class _ExitRecord:
             self._path.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
 
 
-def _train(config: RunConfig, layout: ParallelLayout, environment: RankEnvironment, record: _ExitRecord) -> int:
+def _train(
+    config: RunConfig,
+    layout: ParallelLayout,
+    environment: RankEnvironment,
+    store: dist.Store | None,
+    record: _ExitRecord,
+) -> int:
     from usdm_megatron.checkpoint.ranks import on_rank_zero
     from usdm_megatron.runtime.process_groups import open_process_groups
     from usdm_megatron.train.preflight import plan_run
@@ -84,7 +92,10 @@ def _train(config: RunConfig, layout: ParallelLayout, environment: RankEnvironme
     from usdm_megatron.train.start import find_start
 
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    with open_process_groups(layout, environment, timeout=timeout) as groups, stop_on_signal() as stop:
+    with (
+        open_process_groups(layout, environment, timeout=timeout, store=store) as groups,
+        stop_on_signal() as stop,
+    ):
         start = on_rank_zero("resolving the checkpoint to start from", lambda: find_start(config))
         plan = plan_run(config, layout, start)
         if start.step == plan.steps:

@@ -11,5 +11,8 @@ run() {
 run ruff format --check .
 run ruff check .
 run mypy
-lint-imports --no-cache
-run bandit -q -r usdm_megatron tools
+printf '== lint-imports\n'
+"$(dirname "$PYTHON")/lint-imports" --no-cache
+run bandit -q -c pyproject.toml -r usdm_megatron tools
+# Quick tests: the folders that start no ranks. scripts/test.sh runs all of them.
+run pytest -q -m "not exhaustive and not gpu" tests/data_floor tests/demo_floor tests/docs

@@ -10,6 +10,7 @@
 #
 # TORCH_SPEC       what pip installs as torch             (default torch==2.13.0)
 # TORCH_INDEX_URL  an extra package index for torch       (default without an NVIDIA GPU: PyTorch's CPU builds)
+# USDM_SKIP_SETUP  1: install nothing, use the active python as it is (machines without a network)
 # USDM_PYTHON      the interpreter that .venv is made from (default: the first of python3, python3.13 … 3.10)
 
 _usdm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -140,6 +141,11 @@ PY
 _usdm_setup() {
     local extra="${1:-dev}" stamp constraints started=$SECONDS wanted
     case "$extra" in demo | dev) ;; *) _usdm_say "unknown set '$extra'; demo or dev"; return 2 ;; esac
+    if [ "${USDM_SKIP_SETUP:-0}" = 1 ]; then
+        PYTHON="$(python -c 'import sys; print(sys.executable)')" || return 1
+        _usdm_say "skipped; using $PYTHON"
+        return 0
+    fi
     _usdm_choose_environment || return 1
     stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.usdm_megatron_setup"
     for wanted in "$extra" dev; do # dev holds everything that demo does

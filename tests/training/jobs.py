@@ -182,10 +182,13 @@ def gradients(
     output: Path,
     rows: Sequence[Row | None],
     options: dict[str, Any],
+    loss_samples: Sequence[int] | None = None,
+    pad_value: float | None = None,
 ) -> dict[str, float]:
     """One step's gradients in the place of the weights, saved as a checkpoint; returns loss and norm.
 
-    `rows` are the global batch; `options` are keyword arguments of `run_config`.
+    `rows` are the global batch, `options` keyword arguments of `run_config`. `loss_samples`: only these
+    samples of each row carry a loss. `pad_value`: put into the padding rows of the vocabulary first.
     """
     import torch
 
@@ -196,30 +199,56 @@ def gradients(
     config = run_config(layout, **options)
     with opened(environment, store, layout) as groups:
         engine, facts = load_engine(config, checkpoint, groups)
+        if pad_value is not None:
+            _fill_padding(engine.models, facts.vocabulary.size, groups, pad_value)
         order = RowOrder(len(rows), len(rows), len(rows), config.data.micro_batch_size, layout.dp)
-        micro_batches = [
-            batch_of([rows[row] for row in ids], config, facts.vocabulary, ids)
-            for ids in order.rows_of_step(0, groups.coordinates.dp).tolist()
-        ]
+        micro_batches = []
+        for ids in order.rows_of_step(0, groups.coordinates.dp).tolist():
+            batch = batch_of([rows[row] for row in ids], config, facts.vocabulary, ids)
+            micro_batches.append(batch if loss_samples is None else _only_samples(batch, loss_samples))
         boundaries = config.training.train_sample_boundaries
-        targets = sum(
-            sum(map(len, row)) - (1 if boundaries else len(row)) for row in rows if row is not None
-        )
+        targets = sum(sum(map(len, row)) - (1 if boundaries else len(row)) for row in rows if row is not None)
         result = engine.step.train(micro_batches, engine.optimizer, targets=targets, lr=0.0, stop=False)
         with torch.no_grad():
             for model in engine.models:
                 for parameter in model.parameters():
-                    parameter.copy_(_whole_gradient(parameter, groups))
+                    parameter.copy_(_whole_gradient(parameter, engine.optimizer, groups))
         state = {f"chunk_{index}": model.sharded_state_dict() for index, model in enumerate(engine.models)}
         common = megatron_common(facts.hf_config, facts.vocabulary, 1, "fp32")
         save_checkpoint(output, 1, {"model": state}, common, lambda directory: copy_facts(facts, directory))
         return {"loss": result.losses.objective, "norm": result.gradient_norm, "targets": result.losses.targets}
 
 
-def _whole_gradient(parameter: Any, groups: Any) -> Any:
-    """The reduced gradient: the distributed optimizer leaves each replica its own part of the buffer."""
+def _whole_gradient(parameter: Any, optimizer: Any, groups: Any) -> Any:
+    """The reduced gradient; the distributed optimizer leaves each replica its own part of it."""
+    import torch
     import torch.distributed as dist
 
     if groups.layout.dp == 1:
         return parameter.main_grad
-    raise NotImplementedError(f"gradients of {dist.get_world_size()} ranks are compared through the optimizer")
+    whole = torch.zeros_like(parameter.main_grad)
+    if parameter in optimizer._sharded.model_param_gbuf_map:
+        own = optimizer._sharded._get_model_param_range_map(parameter)["param"]
+        whole.view(-1)[own.start : own.end] = parameter.main_grad.view(-1)[own.start : own.end]
+    dist.all_reduce(whole, group=groups.dp)
+    return whole
+
+
+def _only_samples(batch: Any, samples: Sequence[int]) -> Any:
+    """The batch with the loss taken off every segment that is not one of `samples`."""
+    mask = batch.loss_mask.clone()
+    start = 0
+    for index, length in enumerate(batch.segment_lengths):
+        if index not in samples:
+            mask[:, start : start + length] = False
+        start += length
+    return dataclasses.replace(batch, loss_mask=mask)
+
+
+def _fill_padding(models: Sequence[Any], size: int, groups: Any, value: float) -> None:
+    """Write `value` into the vocabulary's padding rows of this rank's shards, masters included."""
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                first = groups.coordinates.tp * parameter.size(0)
+                parameter.data[max(0, size - first) :] = value

@@ -34,18 +34,7 @@ def tokenizer_json_from_sentencepiece(model_path: Path) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": token_id,
-                "content": model.id_to_piece(token_id),
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token_id in sorted(special_ids)
-        ],
+        "added_tokens": [_added_token(model, token_id) for token_id in sorted(special_ids)],
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
@@ -83,6 +72,18 @@ def tokenizer_json_from_sentencepiece(model_path: Path) -> dict[str, Any]:
     }
     _check_equal(model, content, model_path)
     return content
+
+
+def _added_token(model: Any, token_id: int) -> dict[str, Any]:
+    return {
+        "id": token_id,
+        "content": model.id_to_piece(token_id),
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
 def _special(token: str, type_id: int) -> dict[str, Any]:

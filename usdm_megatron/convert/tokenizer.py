@@ -142,7 +142,7 @@ def check_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 - a local directory, never the hub
             str(directory), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # transformers and tokenizers raise what they like on odd files

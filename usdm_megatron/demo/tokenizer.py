@@ -45,13 +45,13 @@ def write_mistral_tokenizer(directory: Path | str) -> Path:
     return directory
 
 
-_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # nosec B105 - no password
 
 
 def _tokenizer_config(added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "add_bos_token": True,
-        "add_eos_token": False,
+        "add_bos_token": True,  # nosec B105 - no password
+        "add_eos_token": False,  # nosec B105 - no password
         "added_tokens_decoder": {
             str(token["id"]): {name: value for name, value in token.items() if name != "id"}
             for token in added_tokens
@@ -60,7 +60,7 @@ def _tokenizer_config(added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "legacy": True,
         "model_max_length": 1000000000000000019884624838656,  # int(1e30): transformers' "no limit"
-        "pad_token": None,
+        "pad_token": None,  # nosec B105 - no password
         "sp_model_kwargs": {},
         "spaces_between_special_tokens": False,
         "tokenizer_class": "LlamaTokenizer",

@@ -49,7 +49,14 @@ class RunCheckpoints:
         }
         dtype = "bf16" if self._config.training.bf16 else "fp32"
         common = megatron_common(self._facts.hf_config, self._facts.vocabulary, state.step, dtype)
-        saved = save_checkpoint(root, state.step, tensors, common, lambda directory: self._write_facts(directory, state))
+        saved = save_checkpoint(
+            root,
+            state.step,
+            tensors,
+            common,
+            lambda directory: self._write_facts(directory, state),
+            replace=True,  # a step that an abandoned or damaged attempt left behind; moved aside, never written into
+        )
         on_rank_zero(f"rotating {root}", lambda: self._rotate(root, state))
         # later saves copy the facts from here: where the run started may be rotated away
         self._facts = read_facts(saved.path)

@@ -51,7 +51,8 @@ def main(options: Options) -> None:
     shape = (options.tokens, options.heads, options.head_dim)
     q = torch.randn(shape, dtype=dtype, requires_grad=True)
     k, v = (
-        torch.randn(options.tokens, options.groups, options.head_dim, dtype=dtype, requires_grad=True) for _ in range(2)
+        torch.randn(options.tokens, options.groups, options.head_dim, dtype=dtype, requires_grad=True)
+        for _ in range(2)
     )
     row = PackedSequence(segment_lengths=lengths)
     mask = _row_mask(lengths, options.window)
@@ -63,7 +64,9 @@ def main(options: Options) -> None:
     }
     expected = contestants["bmm + softmax"]().float()
     for name, run in contestants.items():
-        torch.testing.assert_close(run().float(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 3e-2, msg=name)
+        torch.testing.assert_close(
+            run().float(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 3e-2, msg=name
+        )
     times_ms: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.repeats):
         for name, run in contestants.items():
@@ -71,12 +74,19 @@ def main(options: Options) -> None:
             run().float().square().sum().backward()
             times_ms[name].append((time.perf_counter() - started_at) * 1e3)
     ours = statistics.median(times_ms["segments (ours)"])
-    print(f"{len(lengths)} samples of {min(lengths)}..{max(lengths)} tokens, window {options.window}, {options.dtype}")
+    print(
+        f"{len(lengths)} samples of {min(lengths)}..{max(lengths)} tokens, window {options.window}, "
+        f"{options.dtype}"
+    )
     medians = {name: statistics.median(values) for name, values in times_ms.items()}
     for name, median in medians.items():
         print(f"{name:<18}{median:9.1f} ms  {median / ours:6.2f}x")
     if options.json is not None:
-        record = {"options": {**asdict(options), "json": str(options.json)}, "torch": torch.__version__, "median_ms": medians}
+        record = {
+            "options": {**asdict(options), "json": str(options.json)},
+            "torch": torch.__version__,
+            "median_ms": medians,
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -104,7 +114,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def _padded(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
     longest = max(lengths)
     batches = [
-        torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2) for x in (q, k, v)
+        torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2)
+        for x in (q, k, v)
     ]
     position = torch.arange(longest)
     distance = position[:, None] - position

@@ -1,5 +1,6 @@
 """Imported once by the fork server, so that a rank starts in milliseconds."""
 
+# ruff: noqa: E402 - upstream warns while it is imported
 from usdm_megatron.log import quiet_upstream
 
 quiet_upstream()

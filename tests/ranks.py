@@ -31,7 +31,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
     with tempfile.TemporaryDirectory() as directory:
         workers = [
-            _context.Process(target=_rank_main, args=(rank, world_size, directory, timeout_s, function, args), daemon=True)
+            _context.Process(
+                target=_rank_main, args=(rank, world_size, directory, timeout_s, function, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for worker in workers:
@@ -63,7 +65,12 @@ def _wait(workers: list[Any], directory: str, deadline: float) -> None:
 
 
 def _rank_main(
-    rank: int, world_size: int, directory: str, timeout_s: float, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    directory: str,
+    timeout_s: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist

@@ -94,7 +94,9 @@ def random_rows(
     return rows
 
 
-def write_store(prefix: Path, rows: Sequence[Sequence[Sequence[int]]], vocabulary: Vocabulary = VOCABULARY) -> Path:
+def write_store(
+    prefix: Path, rows: Sequence[Sequence[Sequence[int]]], vocabulary: Vocabulary = VOCABULARY
+) -> Path:
     """A packed token store of these rows; returns the prefix."""
     from usdm_megatron.data.token_store_writer import TokenStoreWriter
 

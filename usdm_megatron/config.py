@@ -85,7 +85,8 @@ class ParallelConfig:
             elif self.pipeline_model_parallel_size == 2 and not self.overlap_p2p_communication:
                 # megatron-core 0.16.1 crosses the messages of the two neighbours, silently
                 problems.append(
-                    "parallel: an interleaved pipeline of 2 stages gives a wrong loss without overlapped p2p; "
+                    "parallel: an interleaved pipeline of 2 stages gives a wrong loss without "
+                    "overlapped p2p; "
                     "drop --no-overlap-p2p-communication"
                 )
         unknown = sorted(set(self.recompute_modules) - {"core_attn", "mlp", "layernorm"})
@@ -97,7 +98,8 @@ class ParallelConfig:
             problems.append("parallel: --overlap-param-gather needs --overlap-grad-reduce; set both")
         if self.distributed_timeout_minutes <= 0:
             problems.append(
-                f"parallel: distributed_timeout_minutes is {self.distributed_timeout_minutes}; it must be positive"
+                f"parallel: distributed_timeout_minutes is {self.distributed_timeout_minutes}; it "
+                "must be positive"
             )
         return problems
 

@@ -41,7 +41,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {error}; give a YAML file") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"--config {path}: holds a {type(tree).__name__}; sections as in RunConfig are expected")
+        raise ConfigError(
+            f"--config {path}: holds a {type(tree).__name__}; sections as in RunConfig are expected"
+        )
     problems: list[str] = []
     known = {"recipe", *section_types()}
     result: dict[str, Any] = {}
@@ -49,7 +51,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         if name not in known:
             problems.append(f"--config {path}: {name}: unknown key{_suggestion(str(name), known)}")
         elif name == "recipe":
-            result[name] = _checked(value, typing.get_type_hints(RunConfig)["recipe"], f"{path}: recipe", problems)
+            result[name] = _checked(
+                value, typing.get_type_hints(RunConfig)["recipe"], f"{path}: recipe", problems
+            )
         elif not isinstance(value, dict):
             problems.append(f"--config {path}: {name}: is {value!r}; it must be a section with fields")
         else:
@@ -59,7 +63,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def layered_defaults(recipe: RecipeName | None, tree: dict[str, Any], **machine: dict[str, Any]) -> tuple[str, Sections]:
+def layered_defaults(
+    recipe: RecipeName | None, tree: dict[str, Any], **machine: dict[str, Any]
+) -> tuple[str, Sections]:
     """The recipe's name and each section below the command line.
 
     `machine` gives section → fields that depend on the machine (bf16 on CUDA), below recipe and file.
@@ -96,12 +102,16 @@ def load_config(path: str | Path) -> RunConfig:
 _UNSET = object()
 
 
-def _read_section(path: str | Path, section: str, fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def _read_section(
+    path: str | Path, section: str, fields: dict[str, Any], problems: list[str]
+) -> dict[str, Any]:
     hints = typing.get_type_hints(section_types()[section])
     checked = {}
     for key, value in fields.items():
         if key not in hints:
-            problems.append(f"--config {path}: {section}.{key}: unknown key{_suggestion(str(key), hints, section)}")
+            problems.append(
+                f"--config {path}: {section}.{key}: unknown key{_suggestion(str(key), hints, section)}"
+            )
         else:
             checked[key] = _checked(value, hints[key], f"{path}: {section}.{key}", problems)
     return checked
@@ -155,8 +165,10 @@ def _as_float(value: Any) -> tuple[bool, Any]:
 
 def _readable(annotation: Any) -> str:
     return " or ".join(
-        "null" if part is type(None)
-        else ", ".join(map(str, typing.get_args(part))) if typing.get_origin(part) is typing.Literal
+        "null"
+        if part is type(None)
+        else ", ".join(map(str, typing.get_args(part)))
+        if typing.get_origin(part) is typing.Literal
         else getattr(part, "__name__", str(part))
         for part in _alternatives(annotation)
     )

@@ -32,13 +32,19 @@ class ParallelLayout:
     def __post_init__(self) -> None:
         problems = [
             f"parallel: {name} is {size}; it must be at least 1"
-            for name, size in (("tp", self.tp), ("pp", self.pp), ("vpp", self.vpp), ("world size", self.world_size))
+            for name, size in (
+                ("tp", self.tp),
+                ("pp", self.pp),
+                ("vpp", self.vpp),
+                ("world size", self.world_size),
+            )
             if size < 1
         ]
         if not problems and self.world_size % (self.tp * self.pp):
             ranks = self.tp * self.pp
             problems.append(
-                f"parallel: tp={self.tp} x pp={self.pp} = {ranks} does not divide world size {self.world_size}; "
+                f"parallel: tp={self.tp} x pp={self.pp} = {ranks} does not divide world size "
+                f"{self.world_size}; "
                 f"launch {ranks}, {2 * ranks}, {3 * ranks}, … ranks, or change "
                 f"--tensor-model-parallel-size / --pipeline-model-parallel-size"
             )
@@ -74,7 +80,8 @@ class ParallelLayout:
         count = self.micro_batches(global_batch_size, micro_batch_size)
         if self.vpp > 1 and count % self.pp:
             return [
-                f"data: an interleaved pipeline needs the {count} micro-batches of a step to be a multiple of "
+                f"data: an interleaved pipeline needs the {count} micro-batches of a step to be a "
+                "multiple of "
                 f"pp={self.pp}; set --global-batch-size to a multiple of {rows * self.pp}"
             ]
         return []

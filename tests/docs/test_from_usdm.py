@@ -53,7 +53,9 @@ def commands_of_page() -> Iterator[str]:
 
 def fragments() -> list[str]:
     """Everything in code quotes in the column `here`."""
-    return sorted({fragment for row in rows() if row.here != FINE_TUNING for fragment in CODE.findall(row.here)})
+    return sorted(
+        {fragment for row in rows() if row.here != FINE_TUNING for fragment in CODE.findall(row.here)}
+    )
 
 
 def pretrain_blocks() -> list[str]:
@@ -62,12 +64,16 @@ def pretrain_blocks() -> list[str]:
 
 
 def test_the_page_still_reads_as_expected() -> None:
-    assert len(list(commands_of_page())) == 9  # 6 of the set-up and 2 + 2 launches, one of them twice cut short
+    assert len(list(commands_of_page())) == 10  # 6 of the set-up, 4 launches
 
 
-@pytest.mark.parametrize("flag", sorted({flag for command in commands_of_page() for flag in FLAG.findall(command)}))
+@pytest.mark.parametrize(
+    "flag", sorted({flag for command in commands_of_page() for flag in FLAG.findall(command)})
+)
 def test_every_flag_of_the_page_has_a_row(flag: str) -> None:
-    assert any(flag in FLAG.findall(row.original) for row in rows()), f"{flag} has no row in docs/from-usdm.md"
+    assert any(flag in FLAG.findall(row.original) for row in rows()), (
+        f"{flag} has no row in docs/from-usdm.md"
+    )
 
 
 @pytest.mark.parametrize("start", sorted({" ".join(command.split()[:2]) for command in commands_of_page()}))
@@ -110,7 +116,9 @@ def test_what_the_guide_tells_to_write_is_accepted(fragment: str, capsys: pytest
         check_shell(fragment)
 
 
-def test_the_whole_command_resolves_to_the_original_hyperparameters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_command_resolves_to_the_original_hyperparameters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (block,) = pretrain_blocks()
     config = yaml.safe_load(print_config(block, capsys))
     assert config["recipe"] == "usdm"
@@ -119,7 +127,11 @@ def test_the_whole_command_resolves_to_the_original_hyperparameters(capsys: pyte
     assert not config["data"]["shuffle"]
     optimizer = config["optimizer"]
     assert (optimizer["lr"], optimizer["lr_decay_style"], optimizer["min_lr"]) == (2e-5, "cosine", 0)
-    assert (optimizer["lr_warmup_fraction"], optimizer["weight_decay"], optimizer["clip_grad"]) == (0.03, 0.01, 0)
+    assert (optimizer["lr_warmup_fraction"], optimizer["weight_decay"], optimizer["clip_grad"]) == (
+        0.03,
+        0.01,
+        0,
+    )
     assert (optimizer["adam_beta1"], optimizer["adam_beta2"], optimizer["adam_eps"]) == (0.9, 0.95, 1e-8)
     assert optimizer["decay_norms"]
     assert config["training"]["bf16"]
@@ -137,7 +149,9 @@ def test_the_cluster_script_passes_what_the_guide_says(capsys: pytest.CaptureFix
 
 def test_fine_tuning_rows_promise_nothing_that_is_not_there() -> None:
     promised = any(row.here == FINE_TUNING for row in rows())
-    assert promised == ("sft" not in cli.COMMANDS), "the fine-tuning rows must name real commands once `sft` exists"
+    assert promised == ("sft" not in cli.COMMANDS), (
+        "the fine-tuning rows must name real commands once `sft` exists"
+    )
 
 
 def print_config(command: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -54,7 +54,8 @@ class Layout:
 
     def __str__(self) -> str:
         extras = "".join(f"-{value if isinstance(value, str) else name}" for name, value in self.extra)
-        return f"{self.tp}x{self.pp}x{self.dp}{'-sp' if self.sp else ''}{f'-vpp{self.vpp}' * (self.vpp > 1)}{extras}"
+        vpp = f"-vpp{self.vpp}" if self.vpp > 1 else ""
+        return f"{self.tp}x{self.pp}x{self.dp}{'-sp' if self.sp else ''}{vpp}{extras}"
 
 
 def run_config(
@@ -121,7 +122,9 @@ def load_engine(config: RunConfig, checkpoint: Path, groups: Any) -> tuple[Any, 
     return engine, facts
 
 
-def batch_of(rows: Sequence[Row | None], config: RunConfig, vocabulary: Any, row_ids: Sequence[int] | None = None) -> Any:
+def batch_of(
+    rows: Sequence[Row | None], config: RunConfig, vocabulary: Any, row_ids: Sequence[int] | None = None
+) -> Any:
     """One micro-batch of these rows (None: an empty one)."""
     from usdm_megatron.data.batch import build_packed_batch
     from usdm_megatron.data.token_store import PackedRow
@@ -129,7 +132,9 @@ def batch_of(rows: Sequence[Row | None], config: RunConfig, vocabulary: Any, row
     packed = [
         None
         if row is None
-        else PackedRow(np.concatenate([np.array(s) for s in row]), np.array([len(s) for s in row], dtype=np.int32))
+        else PackedRow(
+            np.concatenate([np.array(s) for s in row]), np.array([len(s) for s in row], dtype=np.int32)
+        )
         for row in rows
     ]
     return build_packed_batch(
@@ -155,7 +160,12 @@ def opened(environment: Any, store: Any, layout: Layout) -> Any:
 
 
 def logits(
-    environment: Any, store: Any, layout: Layout, checkpoint: Path, row_sets: Sequence[Sequence[Row]], model: dict[str, Any]
+    environment: Any,
+    store: Any,
+    layout: Layout,
+    checkpoint: Path,
+    row_sets: Sequence[Sequence[Row]],
+    model: dict[str, Any],
 ) -> list[Any]:
     """fp32 logits of each set of rows (one micro-batch each), on the ranks of the last stage."""
     import torch
@@ -170,7 +180,9 @@ def logits(
         for chunk in engine.models:
             chunk.eval()
         batches = [batch_of(rows, config, facts.vocabulary) for rows in row_sets]
-        table = RopeTable(facts.architecture.head_dim, facts.architecture.rope_theta, config.data.seq_length, groups.device)
+        table = RopeTable(
+            facts.architecture.head_dim, facts.architecture.rope_theta, config.data.seq_length, groups.device
+        )
         return packed_logits(engine.models, table, batches, facts.vocabulary, torch.float32)
 
 
@@ -216,7 +228,11 @@ def gradients(
         state = {f"chunk_{index}": model.sharded_state_dict() for index, model in enumerate(engine.models)}
         common = megatron_common(facts.hf_config, facts.vocabulary, 1, "fp32")
         save_checkpoint(output, 1, {"model": state}, common, lambda directory: copy_facts(facts, directory))
-        return {"loss": result.losses.objective, "norm": result.gradient_norm, "targets": result.losses.targets}
+        return {
+            "loss": result.losses.objective,
+            "norm": result.gradient_norm,
+            "targets": result.losses.targets,
+        }
 
 
 def _whole_gradient(parameter: Any, optimizer: Any, groups: Any) -> Any:

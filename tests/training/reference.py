@@ -17,7 +17,9 @@ def load_model(directory: Path) -> Any:
     """fp32, eager attention."""
     from transformers import MistralForCausalLM
 
-    return MistralForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    return MistralForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    ).eval()
 
 
 def cut_at_bos(row: Sequence[int]) -> list[list[int]]:
@@ -35,7 +37,9 @@ def sample_logits(model: Any, samples: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.cat([model(torch.tensor([list(sample)])).logits[0] for sample in samples])
 
 
-def row_loss(model: Any, samples: Sequence[Sequence[int]], train_boundaries: bool) -> tuple[torch.Tensor, int]:
+def row_loss(
+    model: Any, samples: Sequence[Sequence[int]], train_boundaries: bool
+) -> tuple[torch.Tensor, int]:
     """Sum of target losses of one row and their count."""
     logits = sample_logits(model, samples)
     flat = torch.tensor([token for sample in samples for token in sample])

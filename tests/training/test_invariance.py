@@ -1,4 +1,4 @@
-"""Under `corrected`, loss and gradients depend on the rows alone: not on TP, micro-batch, DP or accumulation."""
+"""Under `corrected`, loss and gradients depend on the rows alone: not on TP, DP, MBS, accumulation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,32 @@ from tests.training.jobs import Layout
 from tests.training.test_model_parity import hf_tensors
 
 # rows of very different numbers of targets, one of them nothing but padding
-ROWS = [*tiny.random_rows(2, 64, seed=3), [[1, 7, 2]], None, *tiny.random_rows(3, 64, seed=4), [[1, 9, 8, 7, 2], [1, 2]]]
+ROWS = [
+    *tiny.random_rows(2, 64, seed=3),
+    [[1, 7, 2]],
+    None,
+    *tiny.random_rows(3, 64, seed=4),
+    [[1, 9, 8, 7, 2], [1, 2]],
+]
 NO_CLIP = {"clip_grad": 0.0}
 
 
 def gradients(
     layout: Layout, tiny_model: Any, output: Path, rows: Any, micro_batch: int = 1, **job: Any
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    options = {"data": {"micro_batch_size": micro_batch, "global_batch_size": len(rows)}, "optimizer": NO_CLIP}
-    arguments = (layout, tiny_model.release, output, rows, options, job.get("loss_samples"), job.get("pad_value"))
+    options = {
+        "data": {"micro_batch_size": micro_batch, "global_batch_size": len(rows)},
+        "optimizer": NO_CLIP,
+    }
+    arguments = (
+        layout,
+        tiny_model.release,
+        output,
+        rows,
+        options,
+        job.get("loss_samples"),
+        job.get("pad_value"),
+    )
     results = run_ranks(layout.ranks, jobs.gradients, *arguments)
     assert all(result == results[0] for result in results), "ranks disagree on the loss or the norm"
     return results[0], hf_tensors(output / "iter_0000001")
@@ -43,7 +60,8 @@ def assert_same(ours: Any, expected: Any) -> None:
 
 
 CASES = [
-    (Layout(), 2), (Layout(), 8), (Layout(2), 1), (Layout(2, sp=True), 4), (Layout(1, 1, 2), 1), (Layout(1, 1, 2), 4),
+    (Layout(), 2), (Layout(), 8), (Layout(2), 1), (Layout(2, sp=True), 4),
+    (Layout(1, 1, 2), 1), (Layout(1, 1, 2), 4),
     (Layout(1, 1, 4), 2), (Layout(1, 2, 2), 1), (Layout(2, 1, 2, sp=True), 2),
     (Layout(1, 1, 2, extra=(("overlap_grad_reduce", True), ("overlap_param_gather", True))), 2),
 ]  # fmt: skip
@@ -62,6 +80,8 @@ def test_a_masked_row_adds_nothing(serial: Any, tiny_model: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(2), Layout(2, sp=True)], ids=str)
-def test_padding_of_the_vocabulary_adds_nothing(layout: Layout, serial: Any, tiny_model: Any, tmp_path: Path) -> None:
+def test_padding_of_the_vocabulary_adds_nothing(
+    layout: Layout, serial: Any, tiny_model: Any, tmp_path: Path
+) -> None:
     """Weights of 1e4 in the padding rows would own the softmax if they were in it."""
     assert_same(gradients(layout, tiny_model, tmp_path, ROWS, pad_value=1e4), serial)

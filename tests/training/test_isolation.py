@@ -29,7 +29,9 @@ def with_sample_changed(row: list[list[int]], index: int) -> list[list[int]]:
 def test_changing_a_sample_changes_no_other_logit(layout: Layout, tiny_model: Any) -> None:
     row = make_row(5, LENGTHS)
     variants = [row, *(with_sample_changed(row, index) for index in range(len(row)) if len(row[index]) > 1)]
-    results = run_ranks(layout.ranks, jobs.logits, layout, tiny_model.release, [[v] for v in variants], {})[-1]
+    results = run_ranks(layout.ranks, jobs.logits, layout, tiny_model.release, [[v] for v in variants], {})[
+        -1
+    ]
     base, *changed = results
     assert len(changed) == len(LENGTHS) - 1
     for variant, logits in zip(variants[1:], changed, strict=True):
@@ -42,7 +44,9 @@ def test_changing_a_sample_changes_no_other_logit(layout: Layout, tiny_model: An
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_sample_adds_no_gradient_through_its_neighbours(layout: Layout, tiny_model: Any, tmp_path: Path) -> None:
+def test_a_sample_adds_no_gradient_through_its_neighbours(
+    layout: Layout, tiny_model: Any, tmp_path: Path
+) -> None:
     """With the loss on samples 1 and 3 alone, no gradient depends on what samples 0, 2 and 5 hold."""
     row = make_row(6, LENGTHS)
     other = row
@@ -52,7 +56,14 @@ def test_a_sample_adds_no_gradient_through_its_neighbours(layout: Layout, tiny_m
     gradients = []
     for name, content in (("a", row), ("b", other)):
         run_ranks(
-            layout.ranks, jobs.gradients, layout, tiny_model.release, tmp_path / name, [content], options, (1, 3)
+            layout.ranks,
+            jobs.gradients,
+            layout,
+            tiny_model.release,
+            tmp_path / name,
+            [content],
+            options,
+            (1, 3),
         )
         gradients.append(hf_tensors(tmp_path / name / "iter_0000001"))
     for name, gradient in gradients[0].items():
@@ -67,7 +78,9 @@ def test_a_sample_adds_no_gradient_through_its_neighbours(layout: Layout, tiny_m
 def test_allowed_interference_is_one_causal_row(tiny_model: Any) -> None:
     """`--cross-sample-attention allowed`: the packed row is one sequence, positions running on."""
     row = make_row(7, LENGTHS)
-    (ours,) = run_ranks(1, jobs.logits, Layout(), tiny_model.release, [[row]], {"cross_sample_attention": "allowed"})[0]
+    (ours,) = run_ranks(
+        1, jobs.logits, Layout(), tiny_model.release, [[row]], {"cross_sample_attention": "allowed"}
+    )[0]
     whole = [token for sample in row for token in sample]
     with torch.no_grad():
         expected = reference.sample_logits(reference.load_model(tiny_model.hf), [whole])

@@ -36,7 +36,9 @@ def test_logits_equal_transformers(layout: Layout, tiny_model) -> None:
     row_sets = [[make_row(0), make_row(1)], [make_row(2), make_row(3)]] * (3 if layout.vpp > 1 else 1)
     results = run_ranks(layout.ranks, jobs.logits, layout, tiny_model.release, row_sets, {})
     ours = results[-1]
-    assert [len(result) for result in results] == [0] * (layout.ranks - layout.tp) + [len(row_sets)] * layout.tp
+    assert [len(result) for result in results] == [0] * (layout.ranks - layout.tp) + [
+        len(row_sets)
+    ] * layout.tp
     model = reference.load_model(tiny_model.hf)
     for rows, logits in zip(row_sets, ours, strict=True):
         for row, padded in zip(rows, logits.chunk(2), strict=True):
@@ -59,13 +61,14 @@ def reference_gradients(hf: Path, train_boundaries: bool) -> tuple[float, dict[s
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+FULL, SELECTIVE = (("recompute_granularity", "full"),), (("recompute_granularity", "selective"),)
 GRADIENT_LAYOUTS = [
     Layout(), Layout(2), Layout(1, 2), Layout(2, 2), Layout(1, 3), Layout(2, sp=True), Layout(2, 2, sp=True),
     Layout(1, 2, vpp=3),
-    Layout(extra=(("recompute_granularity", "full"),)),
-    Layout(2, 1, sp=True, extra=(("recompute_granularity", "selective"),)),
-    Layout(1, 2, extra=(("recompute_granularity", "full"), ("recompute_method", "block"), ("recompute_num_layers", 2))),
-    Layout(2, 1, sp=True, extra=(("recompute_granularity", "selective"), ("recompute_modules", ("core_attn", "mlp")))),
+    Layout(extra=FULL),
+    Layout(2, 1, sp=True, extra=SELECTIVE),
+    Layout(1, 2, extra=(*FULL, ("recompute_method", "block"), ("recompute_num_layers", 2))),
+    Layout(2, 1, sp=True, extra=(*SELECTIVE, ("recompute_modules", ("core_attn", "mlp")))),
 ]  # fmt: skip
 
 

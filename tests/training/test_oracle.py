@@ -1,4 +1,4 @@
-"""Twenty steps of training equal plain PyTorch on transformers' Mistral, at every layout (`--recipe usdm`, fp32).
+"""Twenty steps equal plain PyTorch on transformers' Mistral, at every layout (`--recipe usdm`, fp32).
 
 The reference (`reference.train`) reads the DatasetDict, runs each packed sample alone and imports
 nothing of usdm_megatron. Our side is the product's own path: preprocess, pretrain, checkpoint.
@@ -21,7 +21,15 @@ from tests.training.jobs import Layout
 from tests.training.test_model_parity import hf_tensors
 
 STEPS, GLOBAL_BATCH, SEQ_LENGTH, LR = 20, 4, 64, 1e-3
-LAYOUTS = [Layout(), Layout(2), Layout(1, 2), Layout(1, 1, 2), Layout(2, 2), Layout(2, sp=True), Layout(2, 2, sp=True)]
+LAYOUTS = [
+    Layout(),
+    Layout(2),
+    Layout(1, 2),
+    Layout(1, 1, 2),
+    Layout(2, 2),
+    Layout(2, sp=True),
+    Layout(2, 2, sp=True),
+]
 # Adam divides by sqrt(v): an element whose gradient is rounding noise moves by lr in a direction that is
 # noise too, so weights are compared as whole tensors
 WEIGHT_TOLERANCE, LOSS_TOLERANCE = 1e-3, 1e-5
@@ -32,7 +40,10 @@ def cached_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The "cached training data" that both sides read: a DatasetDict on disk."""
     from datasets import Dataset, DatasetDict
 
-    rows = [[token for sample in row for token in sample] for row in tiny.random_rows(STEPS * GLOBAL_BATCH, SEQ_LENGTH)]
+    rows = [
+        [token for sample in row for token in sample]
+        for row in tiny.random_rows(STEPS * GLOBAL_BATCH, SEQ_LENGTH)
+    ]
     directory = tmp_path_factory.mktemp("oracle") / "cache"
     DatasetDict(
         train=Dataset.from_dict({"input_ids": rows}), test=Dataset.from_dict({"input_ids": rows[:6]})
@@ -50,7 +61,9 @@ def store(cached_data: Path) -> Path:
 
 
 @cache
-def reference_run(hf: Path, cached_data: Path, micro_batch: int) -> tuple[list[float], list[float], dict[str, Any]]:
+def reference_run(
+    hf: Path, cached_data: Path, micro_batch: int
+) -> tuple[list[float], list[float], dict[str, Any]]:
     from datasets import load_from_disk
 
     rows = load_from_disk(str(cached_data))["train"]["input_ids"]
@@ -59,7 +72,11 @@ def reference_run(hf: Path, cached_data: Path, micro_batch: int) -> tuple[list[f
     losses, rates = reference.train(
         model, list(rows), steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=micro_batch, lr=LR
     )
-    return losses, rates, {name: (before[name], parameter.detach()) for name, parameter in model.named_parameters()}
+    return (
+        losses,
+        rates,
+        {name: (before[name], parameter.detach()) for name, parameter in model.named_parameters()},
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -106,7 +123,9 @@ def relative_update_error(ours: torch.Tensor, before: torch.Tensor, after: torch
     return ((ours - before - reference_update).norm() / reference_update.norm()).item()
 
 
-def record(layout: Layout, micro_batch: int, ours: list[dict[str, Any]], losses: list[float], update: float) -> None:
+def record(
+    layout: Layout, micro_batch: int, ours: list[dict[str, Any]], losses: list[float], update: float
+) -> None:
     """A row for `docs/parity.md` (`pytest -s`)."""
     loss = max(abs(line["loss"] - expected) / expected for line, expected in zip(ours, losses, strict=True))
     print(f"| {layout} | {micro_batch} | {loss:.1e} | {update:.1e} |")

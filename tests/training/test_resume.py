@@ -87,7 +87,9 @@ EXACT = [
 
 
 @pytest.mark.parametrize(("layout", "sections"), EXACT, ids=str)
-def test_resume_is_bit_exact(layout: Layout, sections: Any, stores: Path, tiny_model: Any, tmp_path: Path) -> None:
+def test_resume_is_bit_exact(
+    layout: Layout, sections: Any, stores: Path, tiny_model: Any, tmp_path: Path
+) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     rows = train(layout, stores, tiny_model, whole, **json.loads(json.dumps(sections)))
     killed_after(SAVED_AT, whole, resumed)
@@ -121,12 +123,16 @@ OTHER_LAYOUTS = [Layout(2, 2, sp=True), Layout(1, 1, 2), Layout(2, 1, 2), Layout
 
 
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS, ids=str)
-def test_resume_at_another_layout(layout: Layout, serial_run: Path, stores: Path, tiny_model: Any, tmp_path: Path) -> None:
-    """The same rows, and every later loss within 1e-5: weights, moments, masters and Adam's step are resharded."""
+def test_resume_at_another_layout(
+    layout: Layout, serial_run: Path, stores: Path, tiny_model: Any, tmp_path: Path
+) -> None:
+    """The same rows, every later loss within 1e-5: weights, moments, masters, Adam's step are resharded."""
     resumed = tmp_path / "run"
     killed_after(SAVED_AT, serial_run, resumed)
     results = train(layout, stores, tiny_model, resumed, data={"micro_batch_size": 2})
-    for (step, loss, norm), (again, loss_again, norm_again) in zip(losses(serial_run), losses(resumed), strict=True):
+    for (step, loss, norm), (again, loss_again, norm_again) in zip(
+        losses(serial_run), losses(resumed), strict=True
+    ):
         assert step == again
         assert loss_again == pytest.approx(loss, rel=1e-5)
         assert norm_again == pytest.approx(norm, rel=1e-4)
@@ -165,12 +171,16 @@ def test_a_bf16_start_does_not_jump(serial_run: Path, stores: Path, tiny_model: 
     """Masters that keep the random start would undo the loaded weights at the first update."""
     run = tmp_path / "run"
     layout = Layout(1, 1, 2)
-    started = config(layout, stores, tiny_model, run, training={"bf16": True, "eval_interval": 5}, data={"shuffle": False})
+    started = config(
+        layout, stores, tiny_model, run, training={"bf16": True, "eval_interval": 5}, data={"shuffle": False}
+    )
     started = replace_checkpoint(started, pretrained_checkpoint=str(serial_run))
     results = run_ranks(layout.ranks, jobs.train, started)
     assert [result["code"] for result in results] == [0, 0]
     fp32 = tmp_path / "fp32"
-    other = replace_checkpoint(config(layout, stores, tiny_model, fp32), pretrained_checkpoint=str(serial_run))
+    other = replace_checkpoint(
+        config(layout, stores, tiny_model, fp32), pretrained_checkpoint=str(serial_run)
+    )
     run_ranks(layout.ranks, jobs.train, other)
     for (_, ours, _), (_, expected, _) in zip(losses(run), losses(fp32), strict=True):
         assert ours == pytest.approx(expected, rel=5e-3)  # bf16's own noise; the jump is 5 % and more
@@ -182,7 +192,9 @@ def replace_checkpoint(run_config: Any, **fields: Any) -> Any:
     return dataclasses.replace(run_config, checkpoint=dataclasses.replace(run_config.checkpoint, **fields))
 
 
-def test_damaged_newest_checkpoint_falls_back(serial_run: Path, stores: Path, tiny_model: Any, tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_falls_back(
+    serial_run: Path, stores: Path, tiny_model: Any, tmp_path: Path
+) -> None:
     """A flipped byte in the newest checkpoint: the one before it is taken, and the log says why."""
     run = tmp_path / "run"
     killed_after(6, serial_run, run)

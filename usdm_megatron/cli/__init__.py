@@ -15,7 +15,10 @@ COMMANDS = {
     "pretrain": ("usdm_megatron.cli.pretrain", "train on packed speech-text rows"),
     "convert": ("usdm_megatron.cli.convert", "import, export, verify: Hugging Face ↔ checkpoint"),
     "preprocess": ("usdm_megatron.cli.preprocess", "cached or packed token data → packed token store"),
-    "inspect": ("usdm_megatron.cli.inspect", "look into a token store, a step, a checkpoint, the environment"),
+    "inspect": (
+        "usdm_megatron.cli.inspect",
+        "look into a token store, a step, a checkpoint, the environment",
+    ),
 }
 
 
@@ -45,4 +48,6 @@ def console_main() -> None:
 
 def _usage() -> str:
     verbs = "\n".join(f"  {verb:<12}{what}" for verb, (_, what) in COMMANDS.items())
-    return f"usage: usdm-megatron VERB [options]\n\n{verbs}\n\nusdm-megatron VERB --help lists a verb's options"
+    return (
+        f"usage: usdm-megatron VERB [options]\n\n{verbs}\n\nusdm-megatron VERB --help lists a verb's options"
+    )

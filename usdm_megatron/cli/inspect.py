@@ -81,7 +81,8 @@ def _checkpoint(argv: Sequence[str]) -> None:
     size = sum(path.stat().st_size for path in resolved.path.rglob("*") if path.is_file())
     print(
         f"{resolved.path}: {facts.kind}, every byte matches integrity.json\n"
-        f"  model        {model.layers} layers, hidden {model.hidden}, {model.heads} heads in {model.kv_heads} groups, "
+        f"  model        {model.layers} layers, hidden {model.hidden}, {model.heads} heads in "
+        f"{model.kv_heads} groups, "
         f"window {model.sliding_window}\n"
         f"  vocabulary   {facts.vocabulary.size:,} ids ({facts.vocabulary.unit_count:,} speech units), "
         f"{facts.vocabulary.padded_size:,} rows with padding\n"
@@ -96,7 +97,15 @@ def _environment(argv: Sequence[str]) -> None:
     import platform
 
     tyro.cli(_NoFlags, args=list(argv), prog="usdm-megatron inspect env")
-    packages = ("usdm-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "flash-attn", "numpy")
+    packages = (
+        "usdm-megatron",
+        "torch",
+        "megatron-core",
+        "transformers",
+        "transformer-engine",
+        "flash-attn",
+        "numpy",
+    )
     print(f"python {platform.python_version()} on {platform.platform()} ({sys.executable})")
     for package in packages:
         try:
@@ -107,7 +116,8 @@ def _environment(argv: Sequence[str]) -> None:
     import torch
 
     cuda = torch.cuda.is_available()
-    print(f"{'cuda':<20}{torch.version.cuda + ': ' + torch.cuda.get_device_name() if cuda else 'none: runs on CPU'}")
+    device = f"{torch.version.cuda}: {torch.cuda.get_device_name()}" if cuda else "none: runs on CPU"
+    print(f"{'cuda':<20}{device}")
 
 
 @dataclass(frozen=True)

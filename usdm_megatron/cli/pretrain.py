@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
     if invocation.dry_run:
         return _dry_run(config, invocation)
     if invocation.world_size is not None:
-        raise ConfigError("--world-size is for --dry-run; a run takes its ranks from torchrun, Slurm or --nproc-per-node")
+        raise ConfigError(
+            "--world-size is for --dry-run; a run takes its ranks from torchrun, Slurm or --nproc-per-node"
+        )
     from usdm_megatron.runtime.ranks import RankEnvironment, ranks_from_environment
 
     environment = ranks_from_environment()
@@ -70,7 +72,7 @@ def parse(argv: Sequence[str]) -> tuple[Invocation, RunConfig]:
         namespace={"__doc__": "Train on packed speech-text rows."},
     )
     parsed: Any = tyro.cli(
-        tyro.conf.OmitArgPrefixes[flags],  # type: ignore[valid-type]  # made at run time from RunConfig
+        tyro.conf.OmitArgPrefixes[flags],  # type: ignore[misc,valid-type]  # made at run time from RunConfig
         prog=PROGRAM,
         description="Train on packed speech-text rows.",
         args=list(argv),
@@ -109,20 +111,28 @@ def _dry_run(config: RunConfig, invocation: Invocation) -> int:
     from usdm_megatron.train.start import find_start
 
     environment = ranks_from_environment()
-    ranks = invocation.world_size or invocation.nproc_per_node or (environment.world_size if environment else 1)
+    ranks = (
+        invocation.world_size or invocation.nproc_per_node or (environment.world_size if environment else 1)
+    )
     layout = build_layout(config, ranks)
     plan = plan_run(config, layout, find_start(config))
     if environment is None or environment.rank == 0:
-        valid = "none" if plan.valid_store is None else f"{plan.valid_store.prefix} ({plan.valid_store.rows:,} rows)"
+        valid = (
+            "none"
+            if plan.valid_store is None
+            else f"{plan.valid_store.prefix} ({plan.valid_store.rows:,} rows)"
+        )
         print(
             f"dry run: everything is in order\n"
-            f"  ranks       {layout.world_size}: tp={layout.tp} pp={layout.pp} vpp={layout.vpp} dp={layout.dp}\n"
+            f"  ranks       {layout.world_size}: tp={layout.tp} pp={layout.pp} vpp={layout.vpp} "
+            f"dp={layout.dp}\n"
             f"  start       {plan.start.directory} at step {plan.start.step}\n"
             f"  steps       {plan.steps}, each {config.data.global_batch_size} rows in "
             f"{plan.micro_batches} micro-batches a rank\n"
             f"  train data  {plan.train_store.prefix} ({plan.train_store.rows:,} rows)\n"
             f"  valid data  {valid}\n"
-            f"  warm-up     {plan.schedule.warmup_steps} steps, then {plan.schedule.style} to {plan.schedule.min_lr}\n"
+            f"  warm-up     {plan.schedule.warmup_steps} steps, then {plan.schedule.style} to "
+            f"{plan.schedule.min_lr}\n"
             f"  attention   {plan.backend}"
         )
     return 0
@@ -133,8 +143,8 @@ def _start_ranks(config: RunConfig, argv: Sequence[str], ranks: int) -> int:
     from usdm_megatron.train.preflight import build_layout, plan_run
     from usdm_megatron.train.start import find_start
 
-    plan_run(config, build_layout(config, ranks), find_start(config))  # one clear message before any rank starts
+    plan_run(
+        config, build_layout(config, ranks), find_start(config)
+    )  # one clear message before any rank starts
     sys.stdout.flush()
     return launch_local_ranks("usdm_megatron.cli", ["pretrain", *argv], ranks)
-
-

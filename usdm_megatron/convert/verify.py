@@ -93,11 +93,12 @@ def describe(comparison: LogitsComparison) -> str:
     note = (
         ""
         if c.source_is_extended
-        else f"\nthe source is not extended: its {c.columns:,} columns were compared, the new ones have no counterpart"
+        else f"\nthe source is not extended: only its {c.columns:,} columns were compared"
     )
     return (
         f"logits of {len(c.samples)} packed samples ({', '.join(map(str, c.samples))} tokens) at "
-        f"tp={c.tensor_model_parallel_size} pp={c.pipeline_model_parallel_size}, fp32, {c.columns:,} columns{note}\n"
+        f"tp={c.tensor_model_parallel_size} pp={c.pipeline_model_parallel_size}, fp32, "
+        f"{c.columns:,} columns{note}\n"
         f"max |Δ| = {c.max_abs_difference:.3g} (tolerance {c.tolerance:g}): equal"
     )
 
@@ -206,7 +207,8 @@ def _compare(
         raise ConversionError(
             f"verify: max |Δ| of the logits is {comparison.max_abs_difference:.3g}, above --tolerance "
             f"{options.tolerance:g}; the largest is in sample {worst} of {row.sample_lengths[worst]} tokens "
-            f"(per sample: {', '.join(f'{value:.3g}' for value in differences)}). {options.load} does not compute "
+            f"(per sample: {', '.join(f'{value:.3g}' for value in differences)}). {options.load} "
+            "does not compute "
             f"what {options.hf_path} computes"
         )
     return comparison

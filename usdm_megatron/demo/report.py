@@ -59,35 +59,23 @@ def read_losses(metrics_path: Path) -> LossTable:
 
 def print_report(output_dir: Path, losses: LossTable, swap: SwapFigure, parity: dict[str, Any]) -> None:
     """Print where each thing lies, the losses, the swap figure and the parity with transformers."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=100, highlight=False)
-    places = Table("what", "where", box=None, pad_edge=False)
     for what, where in PLACES.items():
-        places.add_row(what, ", ".join(str(output_dir / name) for name in where.split(", ")))
-    console.print(places)
-    console.print()
+        print(f"{what:<48}" + ", ".join(str(output_dir / name) for name in where.split(", ")))
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("loss (nats a token)")
-    for heading in (f"step {losses.first_step}", f"step {losses.last_step}", "held out, at the end"):
-        table.add_column(heading, justify="right")
+    columns = (losses.first, losses.last, losses.heldout)
+    headings = (f"step {losses.first_step}", f"step {losses.last_step}", "held out, at the end")
+    print(f"\n{'loss (nats a token)':<20}" + "".join(f"{heading:>22}" for heading in headings))
     for name in losses.first:
         label = "all" if name == "loss" else name.removeprefix("loss_")
-        table.add_row(
-            label, *(_format(column[name]) for column in (losses.first, losses.last, losses.heldout))
-        )
-    console.print(table)
-    console.print()
+        print(f"{label:<20}" + "".join(f"{_format(column[name]):>22}" for column in columns))
 
-    console.print(f"held-out text behind its own speech units        {swap.own_loss:.3f}")
-    console.print(f"the same text behind another utterance's units   {swap.other_loss:.3f}")
-    console.print(
+    print(f"\nheld-out text behind its own speech units        {swap.own_loss:.3f}")
+    print(f"the same text behind another utterance's units   {swap.other_loss:.3f}")
+    print(
         f"so the units lower the text loss by {100 * swap.reduction:.0f} % "
         f"(at least {100 * LEAST_REDUCTION:.0f} % is expected)"
     )
-    console.print(
+    print(
         f"exported model in transformers against the checkpoint: "
         f"max |Δ logit| = {parity['max_abs_difference']:.2e}"
     )

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def layout_problems(architecture: HFArchitecture, padded_vocabulary: int, parallel: ParallelConfig) -> list[str]:
+def layout_problems(
+    architecture: HFArchitecture, padded_vocabulary: int, parallel: ParallelConfig
+) -> list[str]:
     """What this architecture cannot do under this layout, as sentences."""
     tp = parallel.tensor_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
     chunks = pp * parallel.num_virtual_stages_per_pipeline_rank
     problems = [
-        f"parallel: tp={tp} does not divide the model's {count} {what}; set --tensor-model-parallel-size to a divisor"
+        f"parallel: tp={tp} does not divide the model's {count} {what}; set "
+        "--tensor-model-parallel-size to a divisor"
         for what, count in (
             ("attention heads", architecture.heads),
             ("query groups (key-value heads)", architecture.kv_heads),
@@ -112,7 +115,8 @@ def _recompute(parallel: ParallelConfig, layers: int) -> dict[str, Any]:
     if parallel.recompute_granularity == "selective":
         if "layernorm" in parallel.recompute_modules and not importlib.util.find_spec("transformer_engine"):
             raise ConfigError(
-                "parallel: recompute module layernorm needs transformer-engine in megatron-core 0.16 and it is not "
+                "parallel: recompute module layernorm needs transformer-engine in megatron-core "
+                "0.16 and it is not "
                 "installed; drop it from --recompute-modules"
             )
         return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}

@@ -42,7 +42,9 @@ def resolve_backend(requested: CoreAttention) -> CoreAttention:
         return there[0] if there else "torch"  # type: ignore[return-value]
     if requested in packages and requested not in there:
         reason = f"{packages[requested]} is not installed" if cuda else "it needs CUDA and there is none"
-        raise ConfigError(f"model: core_attention {requested} cannot run: {reason}; use --core-attention auto")
+        raise ConfigError(
+            f"model: core_attention {requested} cannot run: {reason}; use --core-attention auto"
+        )
     return requested
 
 
@@ -80,6 +82,7 @@ class PackedCoreAttention(MegatronModule):
         if not isinstance(packed_seq_params, PackedSequence):
             raise TypeError("packed core attention needs a PackedSequence: every stage must pass its row's")
         cos, sin = packed_seq_params.rope_cos_TD, packed_seq_params.rope_sin_TD
+        assert cos is not None and sin is not None
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
         return self._attend(query, key, value, packed_seq_params, self.window).reshape(query.size(0), -1)
 
@@ -160,16 +163,19 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, window: 
         options["is_causal"] = True
     else:
         raise ConfigError(
-            "model: this torch's varlen attention has no sliding window; install torch >= 2.11 or flash-attn, "
+            "model: this torch's varlen attention has no sliding window; install torch >= 2.11 or "
+            "flash-attn, "
             "or use --core-attention flash"
         )
     if "enable_gqa" in known:
         options["enable_gqa"] = q.size(1) != k.size(1)
     elif q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    return varlen_attn(
+    output = varlen_attn(
         q, k, v, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_q, row.max_seqlen_kv, **options
     )
+    assert isinstance(output, Tensor)  # a pair only when the log-sum-exp is asked for
+    return output
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, window: int | None) -> Tensor:
@@ -192,7 +198,9 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, windo
 class _TransformerEngine:
     """`TEDotProductAttention` in THD format (transformer-engine >= 2.9, CUDA). Not run yet."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attention_type: str, groups: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attention_type: str, groups: Any
+    ) -> None:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         # the window travels in config.window_size

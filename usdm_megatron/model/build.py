@@ -34,7 +34,11 @@ class PackedGPTModel(GPTModel):
         """Per-token loss `[1, S]` from labels `[1, S]` and logits `[S, 1, V]`."""
         group = self.pg_collection.tp
         loss_S = packed_cross_entropy(
-            logits.squeeze(1), labels.squeeze(0), vocabulary_size=self.vocabulary_size, tp_rank=group.rank(), group=group
+            logits.squeeze(1),
+            labels.squeeze(0),
+            vocabulary_size=self.vocabulary_size,
+            tp_rank=group.rank(),
+            group=group,
         )
         return loss_S.unsqueeze(0)
 
@@ -72,7 +76,7 @@ def build_model_chunks(
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
-    """Say which weights are shards: the gradient norm counts all others on the first tensor parallel rank only.
+    """Say which weights are shards: the gradient norm counts all others on one tensor parallel rank only.
 
     Core does it while it initialises (`tensor_parallel/layers.py:137`), which weights that are loaded skip.
     """

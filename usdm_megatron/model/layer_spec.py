@@ -32,10 +32,14 @@ class RMSNorm(torch.nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def build_block_spec(config: TransformerConfig, backend: CoreAttention, layers_here: int) -> TransformerBlockSubmodules:
+def build_block_spec(
+    config: TransformerConfig, backend: CoreAttention, layers_here: int
+) -> TransformerBlockSubmodules:
     """The decoder block of one pipeline chunk with `layers_here` layers."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(module=packed_core_attention(backend))
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=packed_core_attention(backend)
+    )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)

@@ -29,9 +29,7 @@ def packed_logits(
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        output = chunk(
-            batch.tokens, batch.position_ids, None, packed_seq_params=rope.pack(batch, dtype)
-        )
+        output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=rope.pack(batch, dtype))
         return output, keep
 
     iterators = [iter(batches) for _ in chunks]

@@ -26,7 +26,9 @@ class _PackedVocabularyCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_SV: Tensor, labels_S: Tensor, first_column: int, columns: int, group: Any) -> Tensor:
+    def forward(
+        ctx: Any, logits_SV: Tensor, labels_S: Tensor, first_column: int, columns: int, group: Any
+    ) -> Tensor:
         own_max_S = torch.full_like(labels_S, float("-inf"), dtype=torch.float32)
         own_sum_S = torch.zeros_like(own_max_S)
         target_S = torch.zeros_like(own_max_S)
@@ -53,7 +55,7 @@ class _PackedVocabularyCrossEntropy(torch.autograd.Function):
         return log_normaliser_S - target_S
 
     @staticmethod
-    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
         logits_SV, log_normaliser_S, local_S, ours_S = ctx.saved_tensors
         with torch.no_grad():
             for rows in _chunks(logits_SV):

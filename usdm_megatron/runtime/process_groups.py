@@ -55,7 +55,11 @@ class ProcessGroups:
 
 @contextmanager
 def open_process_groups(
-    layout: ParallelLayout, environment: RankEnvironment, *, timeout: timedelta, store: dist.Store | None = None
+    layout: ParallelLayout,
+    environment: RankEnvironment,
+    *,
+    timeout: timedelta,
+    store: dist.Store | None = None,
 ) -> Iterator[ProcessGroups]:
     """Join the world and open the groups of `layout`; close them at the end.
 
@@ -118,11 +122,12 @@ def _join_world(
     if store is None:
         # env:// knows whether torchrun's agent already listens; under Slurm nobody has named the rank yet
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(environment.rank), str(environment.world_size)
-    meeting = {} if store is None else {"rank": environment.rank, "world_size": environment.world_size}
+    named = store is not None  # env:// reads both itself
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
-        **meeting,
+        rank=environment.rank if named else -1,
+        world_size=environment.world_size if named else -1,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def get_random_state() -> Tensor:
-    """uint8 `[bytes]` on CPU: torch's generator, the CUDA generator where there is one, core's trackers by name."""
+    """uint8 `[bytes]` on CPU: torch's generator, the device's, core's trackers by name."""
     return torch.cat(_states())
 
 

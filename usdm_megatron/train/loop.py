@@ -63,7 +63,11 @@ class Loop:
                 if self._is_due(self.config.training.eval_interval, state.step, last) and not preempted:
                     state = self._evaluate(state)
                 is_best = state.best_step == state.step
-                if preempted or is_best or self._is_due(self.config.checkpoint.save_interval, state.step, last):
+                if (
+                    preempted
+                    or is_best
+                    or self._is_due(self.config.checkpoint.save_interval, state.step, last)
+                ):
                     self._save(state)
                     saved_step = state.step
                     gc.collect()
@@ -123,7 +127,9 @@ class Loop:
     def evaluate(self) -> Losses:
         """Losses over the whole validation store."""
         assert self.valid_loader is not None and self.valid_order is not None
-        totals = [self.step.evaluate(self.valid_loader.step_batches(step)) for step in range(self.valid_order.steps)]
+        totals = [
+            self.step.evaluate(self.valid_loader.step_batches(step)) for step in range(self.valid_order.steps)
+        ]
         return self.step.reduce_evaluation(sum(totals[1:], totals[0]))
 
     def _save(self, state: TrainState) -> None:
@@ -139,15 +145,22 @@ class Loop:
         return step % (self.order.steps_per_epoch if interval == "epoch" else int(interval)) == 0
 
     def _rows_of(self, step: int) -> np.ndarray:
-        return np.concatenate([self.order.rows_of_step(step, rank).ravel() for rank in range(self.order.dp_size)])
+        return np.concatenate(
+            [self.order.rows_of_step(step, rank).ravel() for rank in range(self.order.dp_size)]
+        )
 
     def _stop_on_non_finite(self, step: int, result: StepResult) -> None:
         rows = [int(row) for row in self._rows_of(step) if row >= 0]
         self.reporter.event(
-            step + 1, "non-finite", loss=str(result.losses.objective), grad_norm=str(result.gradient_norm), rows=rows
+            step + 1,
+            "non-finite",
+            loss=str(result.losses.objective),
+            grad_norm=str(result.gradient_norm),
+            rows=rows,
         )
         raise TrainingFault(
-            f"step {step + 1}: loss {result.losses.objective}, gradient norm {result.gradient_norm}; the update was "
+            f"step {step + 1}: loss {result.losses.objective}, gradient norm "
+            f"{result.gradient_norm}; the update was "
             f"not applied and the last checkpoint stands; rows of this step: {rows[:16]}"
             + (" …" if len(rows) > 16 else "")
         )

@@ -34,9 +34,7 @@ class FlopCounter:
         attention = a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
         linear = a.layers * (attention + 3 * a.hidden * a.ffn) + a.hidden * vocabulary_size
         peak = next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
-        return cls(
-            per_token=6.0 * linear, per_pair=12.0 * a.layers * a.heads * a.head_dim, peak_tflops=peak
-        )
+        return cls(per_token=6.0 * linear, per_pair=12.0 * a.layers * a.heads * a.head_dim, peak_tflops=peak)
 
     def tflops(self, work: StepWork) -> float:
         return (self.per_token * work.tokens + self.per_pair * work.attention_pairs) / 1e12
@@ -124,7 +122,9 @@ def _progress_bar(steps: int) -> Any:
         return None
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
     bar.add_task("training", total=steps)
     bar.start()
     return bar
@@ -154,13 +154,16 @@ def _step_of(line: str) -> float:
 def train_line(step: int, steps: int, fields: dict[str, Any]) -> str:
     """The log line of a training step."""
     kinds = " ".join(
-        f"{kind.label} {value:.4f}" for kind in TargetKind if (value := fields[f"loss_{kind.label}"]) is not None
+        f"{kind.label} {value:.4f}"
+        for kind in TargetKind
+        if (value := fields[f"loss_{kind.label}"]) is not None
     )
     rate = f"{fields['tokens_per_s']:,.0f} tokens/s · {fields['step_time_s']:.2f} s"
     mfu = "" if fields["mfu"] is None else f" ({100 * fields['mfu']:.1f} % MFU)"
     return (
         f"step {step}/{steps} · loss {fields['loss']:.4f} [{kinds}] · lr {fields['lr']:.3g} · "
-        f"grad norm {fields['grad_norm']:.3f} · {rate} · {fields['tflops_per_rank']:.3g} TFLOP/s a rank{mfu} · "
+        f"grad norm {fields['grad_norm']:.3f} · {rate} · {fields['tflops_per_rank']:.3g} TFLOP/s a "
+        f"rank{mfu} · "
         f"{fields['memory_gib']:.2f} GiB"
     )
 
@@ -168,6 +171,8 @@ def train_line(step: int, steps: int, fields: dict[str, Any]) -> str:
 def eval_line(step: int, fields: dict[str, Any]) -> str:
     """The log line of an evaluation."""
     kinds = " ".join(
-        f"{kind.label} {value:.4f}" for kind in TargetKind if (value := fields[f"loss_{kind.label}"]) is not None
+        f"{kind.label} {value:.4f}"
+        for kind in TargetKind
+        if (value := fields[f"loss_{kind.label}"]) is not None
     )
     return f"eval at step {step} · loss {fields['loss']:.4f} [{kinds}] · {fields['tokens']:,} targets"

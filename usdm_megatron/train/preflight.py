@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
@@ -80,7 +79,8 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
     problems = layout_problems(architecture, facts.vocabulary.padded_size, config.parallel)
     if config.data.seq_length > architecture.max_positions:
         problems.append(
-            f"data: seq_length {config.data.seq_length} exceeds the model's {architecture.max_positions} positions "
+            f"data: seq_length {config.data.seq_length} exceeds the model's "
+            f"{architecture.max_positions} positions "
             f"(max_position_embeddings); lower --seq-length"
         )
     for store in filter(None, (train_store, valid_store)):
@@ -155,7 +155,8 @@ def _store_problems(store: TokenStore, config: RunConfig, facts: CheckpointFacts
     recorded, own = store.summary.tokenizer_sha256, facts.tokenizer_sha256
     if recorded is not None and own is not None and recorded != own:
         problems.append(
-            f"{store.prefix}: was made with another tokenizer (sha256 {recorded[:12]}…) than the checkpoint's "
+            f"{store.prefix}: was made with another tokenizer (sha256 {recorded[:12]}…) than the "
+            "checkpoint's "
             f"({own[:12]}…); preprocess with the checkpoint's tokenizer/"
         )
     return problems
@@ -167,18 +168,19 @@ def _check_position(start: StartPoint, order: RowOrder, store: TokenStore) -> No
         return
     if state.train_store != store.identity:
         raise CheckpointError(
-            f"resume: {start.directory} was trained on another token store than {store.prefix}; give that one, "
+            f"resume: {start.directory} was trained on another token store than {store.prefix}; "
+            "give that one, "
             f"or start a new run from these weights with --pretrained-checkpoint {start.directory}"
         )
     if state.step > order.steps:
         raise ConfigError(
-            f"training: {start.directory} has completed {state.step} steps, more than the {order.steps} asked for; "
+            f"training: {start.directory} has completed {state.step} steps, more than the "
+            f"{order.steps} asked for; "
             f"raise --train-iters, --train-samples or --num-train-epochs"
         )
     if order.step_of_consumed(min(state.consumed_rows, order.total_rows)) != state.step:
         raise CheckpointError(
-            f"resume: {start.directory} consumed {state.consumed_rows} rows in {state.step} steps, which is not "
+            f"resume: {start.directory} consumed {state.consumed_rows} rows in {state.step} steps, "
+            "which is not "
             f"where this order stands; keep --global-batch-size"
         )
-
-

@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.Store | None = None) -> int:
     """Run this rank; returns the exit code, which rank 0 also leaves in `RUN/exit.json`.
 
-    `store` is where ranks meet instead of the environment's address (tests: a file). Raises `UserError` before step 0 for wrong input; faults of ours propagate with their traceback.
+    `store` is where ranks meet instead of the environment's address (tests: a file). Raises `UserError`
+    before step 0 for wrong input; faults of ours propagate with their traceback.
     """
     from usdm_megatron.train.preflight import build_layout
 
@@ -87,8 +88,8 @@ def _train(
 ) -> int:
     from usdm_megatron.checkpoint.ranks import on_rank_zero
     from usdm_megatron.runtime.process_groups import open_process_groups
-    from usdm_megatron.train.preflight import plan_run
     from usdm_megatron.train.preemption import stop_on_signal
+    from usdm_megatron.train.preflight import plan_run
     from usdm_megatron.train.start import find_start
 
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
@@ -100,7 +101,9 @@ def _train(
         plan = plan_run(config, layout, start)
         if start.step == plan.steps:
             if environment.rank == 0:
-                print(f"{start.directory} is already at the last step, {start.step}: nothing to do", flush=True)
+                print(
+                    f"{start.directory} is already at the last step, {start.step}: nothing to do", flush=True
+                )
             return start.step
         record.take_over()
         with ExitStack() as stack:
@@ -147,7 +150,9 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
         order=plan.order,
         loader=stack.enter_context(_loader(plan, groups, training=True)),
         valid_order=plan.valid_order,
-        valid_loader=None if plan.valid_order is None else stack.enter_context(_loader(plan, groups, training=False)),
+        valid_loader=None
+        if plan.valid_order is None
+        else stack.enter_context(_loader(plan, groups, training=False)),
         counter=StepCounter(
             plan.train_store,
             window=plan.architecture.sliding_window,
@@ -204,11 +209,14 @@ def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: A
     )
     reporter.say(f"recipe {config.recipe}: {differences}")
     reporter.say(
-        f"{plan.steps} steps of {config.data.global_batch_size} rows ({plan.micro_batches} micro-batches a rank) "
+        f"{plan.steps} steps of {config.data.global_batch_size} rows ({plan.micro_batches} "
+        "micro-batches a rank) "
         f"from {plan.train_store.prefix} ({plan.train_store.rows:,} rows, {plan.train_store.tokens:,} tokens)"
     )
     for skipped in plan.start.checkpoint.skipped:
-        reporter.event(plan.start.step, "skipped checkpoint", path=str(skipped.path), why="; ".join(skipped.problems))
+        reporter.event(
+            plan.start.step, "skipped checkpoint", path=str(skipped.path), why="; ".join(skipped.problems)
+        )
     if plan.start.state is not None:
         reporter.event(plan.start.step, "resume", path=str(plan.start.directory))
     else:

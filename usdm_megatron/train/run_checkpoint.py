@@ -29,7 +29,12 @@ class RunCheckpoints:
     """Saves and loads what a run needs to go on; `chunks` are the bare models, not their wrappers."""
 
     def __init__(
-        self, config: RunConfig, facts: CheckpointFacts, chunks: list[Any], optimizer: AdamW, groups: ProcessGroups
+        self,
+        config: RunConfig,
+        facts: CheckpointFacts,
+        chunks: list[Any],
+        optimizer: AdamW,
+        groups: ProcessGroups,
     ) -> None:
         self._config = config
         self._facts = facts
@@ -38,7 +43,7 @@ class RunCheckpoints:
         self._groups = groups
 
     def save(self, state: TrainState) -> tuple[SavedCheckpoint, float]:
-        """Save after `state.step` steps, rotate old ones; returns what was written and the seconds it took."""
+        """Save after `state.step` steps, rotate old ones; returns what was written and its seconds."""
         started_at = time.perf_counter()
         root = Path(self._config.checkpoint.save or "")
         model = self._model_state()
@@ -55,7 +60,7 @@ class RunCheckpoints:
             tensors,
             common,
             lambda directory: self._write_facts(directory, state),
-            replace=True,  # a step that an abandoned or damaged attempt left behind; moved aside, never written into
+            replace=True,  # what an abandoned attempt left under this step is moved aside
         )
         on_rank_zero(f"rotating {root}", lambda: self._rotate(root, state))
         # later saves copy the facts from here: where the run started may be rotated away

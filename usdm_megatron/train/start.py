@@ -82,7 +82,9 @@ def find_start(config: RunConfig) -> StartPoint:
         state = TrainState.read(resolved.path)
         check_resumable(config, resolved.path, state)
         return StartPoint(resolved, state)
-    if checkpoint.load is not None and (checkpoint.exit_on_missing_checkpoint or not checkpoint.pretrained_checkpoint):
+    if checkpoint.load is not None and (
+        checkpoint.exit_on_missing_checkpoint or not checkpoint.pretrained_checkpoint
+    ):
         raise CheckpointError(
             f"checkpoint: --load {checkpoint.load} holds no checkpoint; "
             + (

@@ -1,4 +1,4 @@
-# Thin names for the scripts; `make check PYTHON=…` is not a thing: scripts/setup.sh picks the environment.
+# Thin names for the scripts, which set up what is missing.
 .PHONY: test test-full check bench
 
 test:

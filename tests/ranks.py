@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.rank_imports"])
 
@@ -29,6 +31,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     import torch
 
+    if torch.cuda.is_available() and world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {world_size} GPUs, one a rank (NCCL)")
     with tempfile.TemporaryDirectory() as directory:
         workers = [
             _context.Process(
@@ -39,7 +43,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         for worker in workers:
             worker.start()
         _wait(workers, directory, time.monotonic() + timeout_s)
-        return [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+        return [
+            torch.load(Path(directory) / f"{rank}.pt", map_location="cpu", weights_only=False)
+            for rank in range(world_size)
+        ]
 
 
 def _wait(workers: list[Any], directory: str, deadline: float) -> None:

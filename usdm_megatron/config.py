@@ -8,8 +8,10 @@ What needs a checkpoint, a token store or a world size to be checked is checked 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -291,19 +293,17 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        problems = [
-            problem
-            for section in (
-                self.model,
-                self.parallel,
-                self.data,
-                self.optimizer,
-                self.training,
-                self.checkpoint,
-                self.logging,
-            )
-            for problem in section.problems()
-        ]
+        sections = {
+            "model": self.model,
+            "parallel": self.parallel,
+            "data": self.data,
+            "optimizer": self.optimizer,
+            "training": self.training,
+            "checkpoint": self.checkpoint,
+            "logging": self.logging,
+        }
+        problems = [problem for section in sections.values() for problem in section.problems()]
+        problems += [problem for name, section in sections.items() for problem in _meaningless(name, section)]
         tokens = self.data.micro_batch_size * self.data.seq_length
         tp = self.parallel.tensor_model_parallel_size
         if self.parallel.sequence_parallel and tp > 1 and tokens % tp:
@@ -313,6 +313,20 @@ class RunConfig:
             )
         if problems:
             raise ConfigError(*problems)
+
+
+def _meaningless(section: str, fields: Any) -> list[str]:
+    """NaN and infinity, which every comparison lets pass, and empty strings, which are an unset shell variable."""
+    values = {entry.name: getattr(fields, entry.name) for entry in dataclasses.fields(fields)}
+    return [
+        f"{section}: {name} is {value}; it must be a finite number"
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ] + [
+        f"{section}: {name} is empty; give a value or drop --{name.replace('_', '-')}"
+        for name, value in values.items()
+        if isinstance(value, str) and not value.strip()
+    ]
 
 
 def _below_one(section: str, **values: int) -> list[str]:

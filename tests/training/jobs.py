@@ -179,7 +179,7 @@ def logits(
         engine, facts = load_engine(config, checkpoint, groups)
         for chunk in engine.models:
             chunk.eval()
-        batches = [batch_of(rows, config, facts.vocabulary) for rows in row_sets]
+        batches = [batch_of(rows, config, facts.vocabulary).to(groups.device) for rows in row_sets]
         table = RopeTable(
             facts.architecture.head_dim, facts.architecture.rope_theta, config.data.seq_length, groups.device
         )
@@ -216,7 +216,7 @@ def gradients(
         order = RowOrder(len(rows), len(rows), len(rows), config.data.micro_batch_size, layout.dp)
         micro_batches = []
         for ids in order.rows_of_step(0, groups.coordinates.dp).tolist():
-            batch = batch_of([rows[row] for row in ids], config, facts.vocabulary, ids)
+            batch = batch_of([rows[row] for row in ids], config, facts.vocabulary, ids).to(groups.device)
             micro_batches.append(batch if loss_samples is None else _only_samples(batch, loss_samples))
         boundaries = config.training.train_sample_boundaries
         targets = sum(sum(map(len, row)) - (1 if boundaries else len(row)) for row in rows if row is not None)

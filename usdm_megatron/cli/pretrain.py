@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from importlib import metadata
@@ -14,7 +15,7 @@ import tyro
 from usdm_megatron.cli.entry import is_main_rank
 from usdm_megatron.config import RunConfig
 from usdm_megatron.config_file import dump_config, layered_defaults, read_config_file, section_types
-from usdm_megatron.errors import ConfigError
+from usdm_megatron.errors import EXIT_DONE, ConfigError
 from usdm_megatron.recipes import RecipeName
 
 PROGRAM = "usdm-megatron pretrain"
@@ -41,6 +42,7 @@ class Invocation:
 def main(argv: Sequence[str]) -> int:
     """Parse and run; returns the exit code."""
     invocation, config = parse(argv)
+    _check_rank_counts(invocation)
     if invocation.print_config:
         print(dump_config(config), end="")
         return 0
@@ -81,6 +83,15 @@ def parse(argv: Sequence[str]) -> tuple[Invocation, RunConfig]:
     )
     chosen = {name: getattr(parsed, name) for name in section_types()}
     return parsed.invocation, RunConfig(recipe=recipe, **chosen)  # type: ignore[arg-type]  # checked by tyro
+
+
+def _check_rank_counts(invocation: Invocation) -> None:
+    counts = {"--world-size": invocation.world_size, "--nproc-per-node": invocation.nproc_per_node}
+    problems = [
+        f"{flag} is {count}; it must be at least 1" for flag, count in counts.items() if count is not None and count < 1
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def cuda_is_usable() -> bool:
@@ -140,6 +151,7 @@ def _dry_run(config: RunConfig, invocation: Invocation) -> int:
 
 def _start_ranks(config: RunConfig, argv: Sequence[str], ranks: int) -> int:
     from usdm_megatron.runtime.launch import launch_local_ranks
+    from usdm_megatron.train.run import read_exit_code
     from usdm_megatron.train.preflight import build_layout, plan_run
     from usdm_megatron.train.start import find_start
 
@@ -147,4 +159,7 @@ def _start_ranks(config: RunConfig, argv: Sequence[str], ranks: int) -> int:
         config, build_layout(config, ranks), find_start(config)
     )  # one clear message before any rank starts
     sys.stdout.flush()
-    return launch_local_ranks("usdm_megatron.cli", ["pretrain", *argv], ranks)
+    started_at = time.time()
+    code = launch_local_ranks("usdm_megatron.cli", ["pretrain", *argv], ranks)
+    recorded = read_exit_code(config, since=started_at)
+    return code if recorded is None or code == EXIT_DONE else recorded

@@ -39,8 +39,6 @@ def layout_problems(
             f"parallel: {chunks} pipeline chunks (pp={pp} x vpp={chunks // pp}) do not divide the model's "
             f"{architecture.layers} layers; set --pipeline-model-parallel-size to a divisor"
         )
-    if architecture.tied and pp > 1 and chunks > architecture.layers:
-        problems.append("parallel: the pipeline is deeper than the model")
     return problems
 
 

@@ -152,7 +152,9 @@ def _band_mask(queries: int, keys: int, window: int, device: str) -> Tensor:
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, window: int | None) -> Tensor:
-    """`torch.nn.attention.varlen` (CUDA). Written to its documented signature; not run yet."""
+    """`torch.nn.attention.varlen` (CUDA, 16 bit; fp32 goes by segments). To its documented signature; not run yet."""
+    if q.dtype == torch.float32:
+        return segment_attention(q, k, v, row, window)
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -163,9 +165,8 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, window: 
         options["is_causal"] = True
     else:
         raise ConfigError(
-            "model: this torch's varlen attention has no sliding window; install torch >= 2.11 or "
-            "flash-attn, "
-            "or use --core-attention flash"
+            "model: this torch's varlen attention has no sliding window; install torch >= 2.11, or flash-attn "
+            "for --core-attention flash"
         )
     if "enable_gqa" in known:
         options["enable_gqa"] = q.size(1) != k.size(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from usdm_megatron.architecture import HFArchitecture
@@ -70,8 +71,9 @@ def open_stores(config: RunConfig) -> tuple[TokenStore, TokenStore | None]:
 
 def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> RunPlan:
     """Open the stores, hold everything against everything; raises one error with all problems found."""
-    from usdm_megatron.model.architecture import layout_problems
+    from usdm_megatron.model.architecture import build_transformer_config, layout_problems
     from usdm_megatron.model.attention import resolve_backend
+    from usdm_megatron.model.build import weight_dtype
 
     facts = read_facts(start.directory)
     architecture = HFArchitecture.from_hf_config(facts.hf_config)
@@ -83,10 +85,16 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
             f"{architecture.max_positions} positions "
             f"(max_position_embeddings); lower --seq-length"
         )
+    if config.logging.wandb_project is not None and not importlib.util.find_spec("wandb"):
+        problems.append(
+            "logging: --wandb-project is given and wandb is not installed; pip install usdm-megatron[wandb]"
+        )
     for store in filter(None, (train_store, valid_store)):
         problems += _store_problems(store, config, facts)
     if problems:
         raise ConfigError(*problems)
+    # what core itself refuses (recomputation, mostly): now, not when the ranks build the model
+    build_transformer_config(architecture, config.parallel, dtype=weight_dtype(config.training.bf16))
     order = build_order(config, layout, train_store.rows)
     _check_position(start, order, train_store)
     return RunPlan(

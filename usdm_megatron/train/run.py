@@ -59,6 +59,15 @@ def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.St
     return EXIT_DONE
 
 
+def read_exit_code(config: RunConfig, since: float) -> int | None:
+    """The code in `RUN/exit.json` if it was written after `since` (seconds of the epoch): a launcher's own
+    code does not tell a preempted run from a failed one."""
+    path = Path(config.checkpoint.save or "") / EXIT_FILE
+    if not path.is_file() or path.stat().st_mtime < since:
+        return None
+    return int(json.loads(path.read_text(encoding="utf-8"))["code"])
+
+
 class _ExitRecord:
     """`exit.json`: how the last start ended. Only a start that owns the directory touches it."""
 

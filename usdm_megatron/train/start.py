@@ -21,8 +21,8 @@ Task = Literal["pretrain"]
 _FIXED_ON_RESUME: dict[str, tuple[str, ...]] = {
     "model": ("cross_sample_attention",),
     "data": ("seq_length", "global_batch_size", "shuffle"),
-    "optimizer": ("lr", "min_lr", "lr_decay_style", "weight_decay", "decay_norms", "clip_grad", "adam_beta1",
-                  "adam_beta2", "adam_eps"),
+    "optimizer": ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "weight_decay",
+                  "decay_norms", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps"),
     "training": ("seed", "bf16", "train_sample_boundaries", "loss_reduction"),
 }  # fmt: skip
 
@@ -99,6 +99,12 @@ def find_start(config: RunConfig) -> StartPoint:
             "(python tools/convert_hf_checkpoint.py import … makes one) or --load RUN"
         )
     path = Path(checkpoint.pretrained_checkpoint)
+    if not has_checkpoint(path):
+        raise CheckpointError(
+            f"checkpoint: --pretrained-checkpoint {path} "
+            + ("holds no checkpoint" if path.is_dir() else "is not a directory")
+            + "; name a run or a converted model (python tools/convert_hf_checkpoint.py import … makes one)"
+        )
     return StartPoint(resolve_checkpoint(path, checkpoint.ckpt_step, fallback=False), None)
 
 
@@ -107,8 +113,11 @@ def check_save_directory(checkpoint: CheckpointConfig) -> None:
     if checkpoint.save is None:
         raise ConfigError("checkpoint: --save is missing; name the run directory to write to")
     save = Path(checkpoint.save)
-    if save.exists() and not save.is_dir():
-        raise ConfigError(f"checkpoint: --save {save} is a file; name a directory")
+    for path in (save, *save.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ConfigError(f"checkpoint: --save {save}: {path} is a file; name a directory")
+            break
     if (save / "release").exists():
         raise ConfigError(f"checkpoint: --save {save} holds a converted model; name another directory")
     holds_run = (save / RUN_CONFIG_FILE).exists() or has_checkpoint(save)

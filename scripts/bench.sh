@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Every benchmark that needs no GPU, each with its peers in the same process; figures: docs/benchmarks/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh dev
+
+for window in None 128; do
+    "$PYTHON" benchmarks/attention_cpu.py --window "$window"
+done
+"$PYTHON" benchmarks/attention_cpu.py --tokens 4096 --shortest 3000 --longest 4000 --window 512 --repeats 3
+"$PYTHON" benchmarks/attention_cpu.py --dtype bf16
+"$PYTHON" benchmarks/redirect.py

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prove that the tests can fail: put one named fault at a time into a copy of the repository and run its tests.
+"""Prove that the tests can fail: one named fault at a time in a copy of the repository, and its tests.
 
     python scripts/mutate.py                   every fault; exit 1 if one survives
     python scripts/mutate.py --only NAME ...   some of them
@@ -53,6 +53,7 @@ _TABLE = "tests/convert_floor/test_name_table.py::"
 _BATCH = "tests/data_floor/test_packed_batch.py::"
 _ROWS = "tests/data_floor/test_row_order.py::"
 _BRUTE_FORCE = f"{_BATCH}test_equals_the_builder_that_goes_token_by_token"
+_CORRECTED = "tests/training/test_faults_caught.py::test_corrected_training_equals_plain_pytorch"
 _GONE = "pass  # gone"
 
 FAULTS = (
@@ -231,6 +232,30 @@ FAULTS = (
         (f"{_GRADIENTS}[1x2x1-vpp3]",),
         "a race: another wrong loss every run, no error (seen here, interleaved pipelines on CPU)",
     ),
+    Fault(
+        "targets-counted-across-samples",
+        "usdm_megatron/data/step_work.py",
+        "len(rows) if self._train_sample_boundaries else samples",
+        "len(rows)",
+        (f"{_CORRECTED}[1x1x1]",),
+        "`corrected` divides by targets that carry no loss: loss and gradient a little too small",
+    ),
+    Fault(
+        "clipping-off",
+        "usdm_megatron/train/optimizer.py",
+        "if limit > 0 and gradient_norm > limit",
+        "if limit < 0",
+        (f"{_CORRECTED}[1x1x1]",),
+        "nothing but a spike needs it, weeks later",
+    ),
+    Fault(
+        "norms-decayed",
+        "usdm_megatron/train/optimizer.py",
+        '{"wd_mult": 0.0}',
+        '{"wd_mult": 1.0}',
+        (f"{_CORRECTED}[1x1x1]",),
+        "`corrected` promises norms without weight decay; the loss does not show it for long",
+    ),
 )
 
 
@@ -252,11 +277,11 @@ def markdown() -> str:
     return "\n".join(rows) + "\n"
 
 
-def copy_repository(target: Path) -> Path:
+def copy_repository(source_root: Path, target: Path) -> Path:
     """What the tests need, without caches; returns `target`."""
     ignore = shutil.ignore_patterns("__pycache__", ".hypothesis", ".pytest_cache")
     for name in COPIED:
-        source = REPOSITORY / name
+        source = source_root / name
         if source.is_dir():
             shutil.copytree(source, target / name, ignore=ignore)
         else:
@@ -314,29 +339,41 @@ def verdict(fault: Fault, run: TestRun) -> str:
     return "caught"
 
 
-def check_baseline(faults: Sequence[Fault], scratch: Path) -> bool:
-    """Whether all named tests pass without a fault."""
+def check_baseline(faults: Sequence[Fault], root: Path) -> bool:
+    """Whether all named tests pass in the copy at `root`, without a fault."""
     tests = sorted({test for fault in faults for test in fault.tests})
-    run = run_tests(copy_repository(scratch / "unmutated"), tests, BASELINE_TIMEOUT_S)
+    run = run_tests(root, tests, BASELINE_TIMEOUT_S)
     failed = [test for test in tests if run.outcomes.get(test, "did not run")]
-    print(
-        f"{len(tests) - len(failed)} of {len(tests)} tests pass without a fault ({run.seconds:.0f} s)",
-        flush=True,
-    )
+    passed = len(tests) - len(failed)
+    print(f"{passed} of {len(tests)} named tests pass without a fault ({run.seconds:.0f} s)\n")
     if failed:
-        print(run.output[-4000:], *failed, sep="\n")
+        print(run.output[-4000:], *failed, "they must pass before they can catch a fault", sep="\n")
     return not failed
 
 
-def inject(fault: Fault, scratch: Path) -> bool:
-    """Run one fault in a copy of its own, print a row; whether it was caught."""
-    root = copy_repository(scratch / fault.name)
+def inject(fault: Fault, snapshot: Path) -> bool:
+    """Run one fault in a copy of `snapshot`, print a row; whether it was caught."""
+    root = copy_repository(snapshot, snapshot.parent / fault.name)
     apply_fault(fault, root)
     run = run_tests(root, fault.tests, FAULT_TIMEOUT_S)
     shutil.rmtree(root)
     result = verdict(fault, run)
-    print(f"| {fault.name:<42} | {len(fault.tests)} | {run.seconds:4.0f} s | {result} |", flush=True)
+    print(f"| {fault.name:<40} | {len(fault.tests):>5} | {run.seconds:3.0f} s | {result} |", flush=True)
     return result == "caught"
+
+
+def inject_all(faults: Sequence[Fault]) -> int:
+    """The exit code of the whole run; one snapshot, so that edits meanwhile change nothing."""
+    with tempfile.TemporaryDirectory(prefix="mutate-") as directory:
+        snapshot = copy_repository(REPOSITORY, Path(directory) / "unmutated")
+        if not check_baseline(faults, snapshot):
+            return 1
+        print(
+            f"| {'fault':<40} | tests |  time | result |\n| {'-' * 40} | ----- | ----- | ------ |", flush=True
+        )
+        missed = [fault.name for fault in faults if not inject(fault, snapshot)]
+    print(f"\n{len(faults) - len(missed)} of {len(faults)} faults caught", *missed, sep="\nnot caught: ")
+    return 1 if missed else 0
 
 
 def main() -> int:
@@ -347,20 +384,13 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--markdown", action="store_true", help="print the table of tests/faults.md and stop")
     options = parser.parse_args()
-    if options.list or options.markdown:
-        print(markdown() if options.markdown else "\n".join(f"{f.name:<42} {f.why}" for f in FAULTS))
+    if options.list:
+        print("\n".join(f"{fault.name:<42} {fault.why}" for fault in FAULTS))
         return 0
-    faults = [fault for fault in FAULTS if not options.only or fault.name in options.only]
-    with tempfile.TemporaryDirectory(prefix="mutate-") as directory:
-        scratch = Path(directory)
-        if not check_baseline(faults, scratch):
-            print("the named tests must pass before a fault can be caught")
-            return 1
-        missed = [fault.name for fault in faults if not inject(fault, scratch)]
-    print(
-        f"{len(faults) - len(missed)} of {len(faults)} faults caught" + (f"; not: {missed}" if missed else "")
-    )
-    return 1 if missed else 0
+    if options.markdown:
+        print(markdown(), end="")
+        return 0
+    return inject_all([fault for fault in FAULTS if not options.only or fault.name in options.only])
 
 
 if __name__ == "__main__":

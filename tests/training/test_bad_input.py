@@ -121,8 +121,7 @@ def refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         assert result == code, output.err
         assert "Traceback" not in output.out + output.err
         assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
-        if code:
-            assert output.err.startswith("error: ") or "╭" in output.err
+        assert output.err.strip() if code else not output.err
         return output.out + output.err
 
     return call
@@ -381,7 +380,7 @@ def test_resume_refused(case: str, refused: Refused) -> None:
     message = refused({**CONTINUE, "--lr": 1e-3, **changes})
     for part in says:
         assert part in message
-    assert message.count("resume: ") == sum(part.startswith("resume: ") for part in says) or case == "several"
+    assert len(message.splitlines()) == {"recipe": 4, "several": 2}.get(case, 1), "one line a problem, no more"
 
 
 FREE = {"--micro-batch-size": 2, "--eval-interval": 7, "--save-interval": 1, "--log-interval": 3, PP: 2, TP: 2}

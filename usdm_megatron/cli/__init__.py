@@ -8,7 +8,6 @@ from importlib import import_module
 
 from usdm_megatron.cli.entry import run_guarded
 from usdm_megatron.errors import EXIT_DONE, EXIT_USER_ERROR
-from usdm_megatron.log import quiet_upstream
 
 # verb → (module with `main(argv)`, what it does)
 COMMANDS = {
@@ -36,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(COMMANDS)} is expected"
         print(f"error: usdm-megatron {verb}: unknown command; {hint}", file=sys.stderr)
         return EXIT_USER_ERROR
-    quiet_upstream()
     command: Callable[[Sequence[str]], int | None] = import_module(COMMANDS[verb][0]).main
     return run_guarded(command, rest)
 

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from usdm_megatron.errors import EXIT_DONE, UserError
+from usdm_megatron.log import quiet_upstream
 
 
 def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run `command(argv)`; print a `UserError` without a traceback (rank 0 only); return the exit code."""
+    quiet_upstream()
     try:
         code = command(argv)
     except UserError as error:

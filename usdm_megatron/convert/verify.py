@@ -218,8 +218,10 @@ def load_reference(hf_path: Path) -> Any:
     """transformers' Mistral in fp32, from safetensors, never remote code."""
     import torch
     from transformers import MistralForCausalLM
+    from transformers.utils import logging
 
-    model = MistralForCausalLM.from_pretrained(hf_path, use_safetensors=True)
+    logging.disable_progress_bar()
+    model = MistralForCausalLM.from_pretrained(hf_path, use_safetensors=True)  # nosec B615 - a local directory
     return model.to(torch.float32).eval()
 
 

@@ -1,4 +1,4 @@
-"""Training with `--recipe corrected` equals plain PyTorch, evaluation too: what the other tests compare with itself.
+"""`--recipe corrected` equals plain PyTorch, evaluation too: what other tests compare with themselves only.
 
 The global-token mean as the loop counts its targets, clipping that bites, norms without weight decay, and
 the losses by kind of target, against transformers' Mistral and torch's AdamW on the rows themselves.

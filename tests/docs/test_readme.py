@@ -1,0 +1,16 @@
+"""README.md tells the truth about the files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_file_tree_is_current() -> None:
+    result = subprocess.run(
+        [sys.executable, "scripts/readme_tree.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -229,7 +229,7 @@ FAULTS = (
         "usdm_megatron/model/architecture.py",
         "return parallel.num_virtual_stages_per_pipeline_rank == 1 or",
         "return True or",
-        (f"{_GRADIENTS}[1x2x1-vpp3]",),
+        ("tests/training/test_faults_caught.py::test_outputs_are_not_freed_while_they_are_sent[1x2x1-vpp2]",),
         "a race: another wrong loss every run, no error (seen here, interleaved pipelines on CPU)",
     ),
     Fault(

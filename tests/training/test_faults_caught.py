@@ -1,7 +1,8 @@
-"""`--recipe corrected` equals plain PyTorch, evaluation too: what other tests compare with themselves only.
+"""Tests that the fault injection (`scripts/mutate.py`) found missing.
 
-The global-token mean as the loop counts its targets, clipping that bites, norms without weight decay, and
-the losses by kind of target, against transformers' Mistral and torch's AdamW on the rows themselves.
+- `--recipe corrected` equals plain PyTorch, evaluation too: the global-token mean as the loop counts its
+  targets, clipping that bites, norms without weight decay, and the losses by kind of target.
+- An interleaved pipeline whose sends are too large to be gone at once.
 """
 
 from __future__ import annotations
@@ -111,3 +112,43 @@ def test_corrected_training_equals_plain_pytorch(
     for name, (before, after) in expected["weights"].items():
         error = (weights[name] - after).norm() / (after - before).norm()
         assert error <= 1e-3, name
+
+
+def gradients_in_reused_memory(environment: Any, store: Any, *args: Any) -> dict[str, float]:
+    """`jobs.gradients` where what core frees is overwritten at once, as it may be at any time."""
+    from megatron.core.pipeline_parallel import schedules
+
+    free = schedules.deallocate_output_tensor
+
+    def overwrite_and_free(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
+        if out is not None and deallocate_pipeline_outputs:
+            out.data.fill_(torch.nan)
+        free(out, deallocate_pipeline_outputs)
+
+    schedules.deallocate_output_tensor = overwrite_and_free  # this rank's own process
+    return jobs.gradients(environment, store, *args)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 2), Layout(1, 2, vpp=2)], ids=str)
+def test_outputs_are_not_freed_while_they_are_sent(layout: Layout, tmp_path: Path) -> None:
+    """512 KiB a send: gloo still reads them when the schedule goes on. Tiny ones would hide it."""
+    seq_length = 1024
+    hf = tiny.write_hf_model(
+        tmp_path / "hf", hidden_size=128, num_hidden_layers=4, max_position_embeddings=seq_length
+    )
+    root = tiny.write_checkpoint(hf, tmp_path / "checkpoint")
+    rows = tiny.random_rows(4, 64, seed=10)
+    rows = [[sample * 16 for sample in row] for row in rows]
+    model = reference.load_model(hf)
+    with torch.no_grad():
+        sums = [reference.row_loss(model, row, train_boundaries=False) for row in rows]
+    options = {
+        "data": {"seq_length": seq_length, "global_batch_size": len(rows)},
+        "optimizer": {"clip_grad": 0.0},
+    }
+    results = run_ranks(
+        layout.ranks, gradients_in_reused_memory, layout, root / "release", tmp_path / "run", rows, options
+    )
+    loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
+    for result in results:
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-6)

@@ -73,10 +73,10 @@ def _raise_together(outcomes: list[tuple[Any, tuple[str, ...]]], cause: Exceptio
         return
     if isinstance(cause, UserError) and len(outcomes) == 1:
         raise cause  # keeps its own type
-    several = len(outcomes) > 1
+    everyone = len(outcomes)
     raise CheckpointError(
         *(
-            f"{problem} (on rank {_some(ranks)} of {len(outcomes)})" if several else problem
+            problem if len(ranks) == everyone else f"{problem} (on rank {_some(ranks)} of {everyone})"
             for problem, ranks in ranks_of.items()
         )
     ) from cause

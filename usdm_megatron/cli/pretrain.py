@@ -162,4 +162,4 @@ def _start_ranks(config: RunConfig, argv: Sequence[str], ranks: int) -> int:
     started_at = time.time()
     code = launch_local_ranks("usdm_megatron.cli", ["pretrain", *argv], ranks)
     recorded = read_exit_code(config, since=started_at)
-    return code if recorded is None or code == EXIT_DONE else recorded
+    return code if code == EXIT_DONE else recorded or code

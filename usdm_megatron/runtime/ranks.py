@@ -23,7 +23,7 @@ class RankEnvironment:
 def ranks_from_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment | None:
     """The rank that torchrun or Slurm gave this process; None when neither did.
 
-    Raises `ConfigError` when the environment names ranks but not where they meet.
+    Raises `ConfigError` when the environment names ranks but not where they meet, or makes no sense.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -42,6 +42,11 @@ def _rank_environment(
         numbers = int(rank), int(world_size), int(local_rank)
     except ValueError as error:
         raise ConfigError(f"{source}: rank {rank!r} of {world_size!r} is not a pair of integers") from error
+    if not 0 <= numbers[0] < numbers[1]:
+        raise ConfigError(
+            f"{source}: rank {rank} is outside 0 to {numbers[1] - 1} of {world_size} ranks; start every rank once, "
+            f"all with the same number of ranks"
+        )
     if numbers[1] == 1:
         return RankEnvironment(rank=0, world_size=1, local_rank=numbers[2])
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
@@ -49,4 +54,7 @@ def _rank_environment(
             f"{source}: {world_size} ranks need MASTER_ADDR and MASTER_PORT to meet; export both "
             f"(under Slurm: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1))"
         )
-    return RankEnvironment(*numbers, master_addr=env["MASTER_ADDR"], master_port=int(env["MASTER_PORT"]))
+    port = env["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise ConfigError(f"{source}: MASTER_PORT is {port!r}; it must be a port number, 1 to 65535")
+    return RankEnvironment(*numbers, master_addr=env["MASTER_ADDR"], master_port=int(port))

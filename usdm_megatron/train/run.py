@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from usdm_megatron.runtime.process_groups import ProcessGroups
     from usdm_megatron.train.loop import Loop
+    from usdm_megatron.train.preemption import StopRequest
     from usdm_megatron.train.preflight import RunPlan
 
 EXIT_FILE = "exit.json"
@@ -35,15 +36,29 @@ def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.St
     `store` is where ranks meet instead of the environment's address (tests: a file). Raises `UserError`
     before step 0 for wrong input; faults of ours propagate with their traceback.
     """
+    from usdm_megatron.train.preemption import stop_on_signal
     from usdm_megatron.train.preflight import build_layout
 
     layout = build_layout(config, environment.world_size)
     record = _ExitRecord(config, environment.rank)
+    # signals are caught until the record is written: a launcher that saw a rank die sends SIGTERM to the others
+    with stop_on_signal() as stop:
+        return _run_and_record(config, layout, environment, store, stop, record)
+
+
+def _run_and_record(
+    config: RunConfig,
+    layout: ParallelLayout,
+    environment: RankEnvironment,
+    store: dist.Store | None,
+    stop: StopRequest,
+    record: _ExitRecord,
+) -> int:
     try:
-        step = _train(config, layout, environment, store, record)
-    except Preempted as stop:
-        record.write(stop.exit_code, str(stop), stop.step)
-        return stop.exit_code
+        step = _train(config, layout, environment, store, stop, record)
+    except Preempted as preempted:
+        record.write(preempted.exit_code, str(preempted), preempted.step)
+        return preempted.exit_code
     except UserError as error:
         record.write(error.exit_code, "; ".join(error.problems), None)
         raise
@@ -93,21 +108,20 @@ def _train(
     layout: ParallelLayout,
     environment: RankEnvironment,
     store: dist.Store | None,
+    stop: StopRequest,
     record: _ExitRecord,
 ) -> int:
-    from usdm_megatron.checkpoint.ranks import on_rank_zero
+    from usdm_megatron.checkpoint.ranks import on_every_rank, on_rank_zero
     from usdm_megatron.runtime.process_groups import open_process_groups
-    from usdm_megatron.train.preemption import stop_on_signal
     from usdm_megatron.train.preflight import plan_run
     from usdm_megatron.train.start import find_start
 
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    with (
-        open_process_groups(layout, environment, timeout=timeout, store=store) as groups,
-        stop_on_signal() as stop,
-    ):
+    with open_process_groups(layout, environment, timeout=timeout, store=store) as groups:
         start = on_rank_zero("resolving the checkpoint to start from", lambda: find_start(config))
-        plan = plan_run(config, layout, start)
+        plans: list[RunPlan] = []  # stays here: maps do not travel; what travels is whether all ranks agree
+        on_every_rank("checking the run", lambda: plans.append(plan_run(config, layout, start)))
+        (plan,) = plans
         if start.step == plan.steps:
             if environment.rank == 0:
                 print(

@@ -124,6 +124,7 @@ cluster() {
     if [ "$nnodes" -eq 1 ]; then
         source scripts/setup.sh demo
     fi
+    export MASTER_PORT="${MASTER_PORT:-29500}"
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # order of compute and TP traffic
 
     local train=(
@@ -141,8 +142,11 @@ cluster() {
     # shellcheck disable=SC2206  # EXTRA_ARGS is a list of words
     train+=(${EXTRA_ARGS:-})
 
-    # Wrong input ends here with one clear message and code 2, before any rank meets another.
-    "${PYTHON:-python}" -m usdm_megatron.cli "${train[@]}" --dry-run --world-size $((nnodes * gpus))
+    # Wrong input ends here with one clear message and code 2, before any rank meets another. On one node:
+    # the check reads every byte of the checkpoint.
+    if [ "$node_rank" -eq 0 ]; then
+        "${PYTHON:-python}" -m usdm_megatron.cli "${train[@]}" --dry-run --world-size $((nnodes * gpus))
+    fi
 
     local marker launcher code=0
     marker="$(mktemp)"

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COPIED = ("usdm_megatron", "tests", "pyproject.toml")
 BASELINE_TIMEOUT_S, FAULT_TIMEOUT_S = 900, 180
 
 
@@ -53,8 +52,8 @@ _TABLE = "tests/convert_floor/test_name_table.py::"
 _BATCH = "tests/data_floor/test_packed_batch.py::"
 _ROWS = "tests/data_floor/test_row_order.py::"
 _BRUTE_FORCE = f"{_BATCH}test_equals_the_builder_that_goes_token_by_token"
+_LATE_GATHER = "test_a_checkpoint_holds_the_last_update_when_parameters_are_gathered_late"
 _CORRECTED = "tests/training/test_faults_caught.py::test_corrected_training_equals_plain_pytorch"
-_GONE = "pass  # gone"
 
 FAULTS = (
     Fault(
@@ -141,7 +140,7 @@ FAULTS = (
         "masters-not-reloaded",
         "usdm_megatron/train/optimizer.py",
         "self._sharded.reload_model_params()",
-        _GONE,
+        "pass",
         (f"{_RESUME}test_a_bf16_start_does_not_jump",),
         "fp32 masters are views and cannot show it; in bf16 the first update brings the random start back",
     ),
@@ -229,7 +228,7 @@ FAULTS = (
         "usdm_megatron/model/architecture.py",
         "return parallel.num_virtual_stages_per_pipeline_rank == 1 or",
         "return True or",
-        ("tests/training/test_faults_caught.py::test_outputs_are_not_freed_while_they_are_sent[1x2x1-vpp2]",),
+        ("tests/training/test_faults_caught.py::test_outputs_are_not_freed_while_they_are_sent",),
         "a race: another wrong loss every run, no error (seen here, interleaved pipelines on CPU)",
     ),
     Fault(
@@ -256,6 +255,14 @@ FAULTS = (
         (f"{_CORRECTED}[1x1x1]",),
         "`corrected` promises norms without weight decay; the loss does not show it for long",
     ),
+    Fault(
+        "saved-before-the-gather",
+        "usdm_megatron/train/run_checkpoint.py",
+        "        self._optimizer.finish_update()\n",
+        "",
+        (f"{_CORRECTED.split('::')[0]}::{_LATE_GATHER}",),
+        "with --overlap-param-gather a save misses the last update of the other replicas' shards (seen here)",
+    ),
 )
 
 
@@ -280,13 +287,9 @@ def markdown() -> str:
 def copy_repository(source_root: Path, target: Path) -> Path:
     """What the tests need, without caches; returns `target`."""
     ignore = shutil.ignore_patterns("__pycache__", ".hypothesis", ".pytest_cache")
-    for name in COPIED:
-        source = source_root / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=ignore)
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / name)
+    for name in ("usdm_megatron", "tests"):
+        shutil.copytree(source_root / name, target / name, ignore=ignore)
+    shutil.copy2(source_root / "pyproject.toml", target)
     return target
 
 
@@ -384,11 +387,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--markdown", action="store_true", help="print the table of tests/faults.md and stop")
     options = parser.parse_args()
-    if options.list:
-        print("\n".join(f"{fault.name:<42} {fault.why}" for fault in FAULTS))
-        return 0
-    if options.markdown:
-        print(markdown(), end="")
+    if options.list or options.markdown:
+        names = "".join(f"{fault.name:<42} {fault.why}\n" for fault in FAULTS)
+        print(markdown() if options.markdown else names, end="")
         return 0
     return inject_all([fault for fault in FAULTS if not options.only or fault.name in options.only])
 

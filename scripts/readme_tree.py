@@ -1,7 +1,7 @@
 """Write the file tree of README.md: one line per file, taken from the file itself.
 
-    python scripts/readme_tree.py           rewrite it
-    python scripts/readme_tree.py --check   exit 1 if it is out of date
+python scripts/readme_tree.py           rewrite it
+python scripts/readme_tree.py --check   exit 1 if it is out of date
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     after = head + START + tree() + END + rest.split(END)[1]
     if argv == ["--check"]:
         if after != before:
-            print("README.md: its file tree is out of date; run python scripts/readme_tree.py", file=sys.stderr)
+            print("README.md: its tree is out of date; run python scripts/readme_tree.py", file=sys.stderr)
         return int(after != before)
     readme.write_text(after, encoding="utf-8")
     return 0

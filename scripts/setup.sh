@@ -97,14 +97,16 @@ _usdm_choose_environment() {
 _usdm_pip() {
     local log status=0 line
     log="$(mktemp)"
-    "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 | tee "$log" |
-        while IFS= read -r line; do
-            case "$line" in
-                *Downloading*" MB)" | *"Building wheel for"*"): started" | "Installing collected packages"*)
-                    printf '  %.110s\n' "${line#"${line%%[![:space:]]*}"}" >&2 ;;
-            esac
-        done || status=$?
-    status="${PIPESTATUS[0]:-$status}"
+    (
+        set -o pipefail # the loop's status says nothing of pip's
+        "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 | tee "$log" |
+            while IFS= read -r line; do
+                case "$line" in
+                    *Downloading*" MB)" | *"Building wheel for"*"): started" | "Installing collected packages"*)
+                        printf '  %.110s\n' "${line#"${line%%[![:space:]]*}"}" >&2 ;;
+                esac
+            done
+    ) || status=$?
     if [ "$status" -ne 0 ]; then
         tail -n 30 "$log" >&2
         _usdm_say "pip failed with code $status; its whole output is in $log"

@@ -211,7 +211,7 @@ class TrainingConfig:
     loss_reduction: LossReduction = _RECIPE["training"]["loss_reduction"]
     """mean over all target tokens of a step, or mean of the micro-batches' means (recipe)"""
     eval_interval: int | Literal["epoch"] = 1000
-    """steps between evaluations; one more at the end"""
+    """steps (or epoch) between evaluations; one more at the end"""
 
     def problems(self) -> list[str]:
         durations = {
@@ -242,18 +242,20 @@ class CheckpointConfig:
     pretrained_checkpoint: str | None = None
     """weights only, used when --load holds nothing yet"""
     ckpt_step: int | Literal["best"] | None = None
-    """which checkpoint of --load (or of --pretrained-checkpoint) instead of the newest"""
+    """which checkpoint of --pretrained-checkpoint, or without one of --load, instead of the newest"""
     exit_on_missing_checkpoint: bool = False
     """an empty --load is an error instead of a fresh start"""
-    save_interval: int = 1000
-    """steps between checkpoints; one more at the end"""
+    save_interval: int | Literal["epoch"] = 1000
+    """steps (or epoch) between checkpoints; one more at the end"""
     save_total_limit: int | None = None
     """newest checkpoints kept (all unless given)"""
     keep_best: bool = False
     """keep the checkpoint with the lowest evaluation loss whatever its age"""
 
     def problems(self) -> list[str]:
-        problems = _below_one("checkpoint", save_interval=self.save_interval)
+        problems = []
+        if isinstance(self.save_interval, int):
+            problems += _below_one("checkpoint", save_interval=self.save_interval)
         if self.save_total_limit is not None:
             problems += _below_one("checkpoint", save_total_limit=self.save_total_limit)
         return problems
@@ -293,7 +295,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        sections = {
+        sections: dict[str, Any] = {
             "model": self.model,
             "parallel": self.parallel,
             "data": self.data,
@@ -316,7 +318,7 @@ class RunConfig:
 
 
 def _meaningless(section: str, fields: Any) -> list[str]:
-    """NaN and infinity, which every comparison lets pass, and empty strings, which are an unset shell variable."""
+    """NaN and infinity, which comparisons let pass, and empty strings: an unset shell variable."""
     values = {entry.name: getattr(fields, entry.name) for entry in dataclasses.fields(fields)}
     return [
         f"{section}: {name} is {value}; it must be a finite number"

@@ -36,6 +36,12 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not belong to this run."""
 
 
+class CheckpointFault(CheckpointError):
+    """A checkpoint could not be written or read through no fault of the user's (disk full, a bug of ours)."""
+
+    exit_code = EXIT_FAULT
+
+
 class ConversionError(UserError):
     """A Hugging Face model cannot be converted, or does not equal its counterpart."""
 

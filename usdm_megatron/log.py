@@ -16,7 +16,7 @@ _KNOWN = (
 
 
 def quiet_upstream() -> None:
-    """Silence known upstream warnings; everything unknown still shows. Call before importing core."""
+    """Silence megatron-core's warnings and the known ones of torch about core; call before importing core."""
     for message, module in _KNOWN:
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", message=message, module=module, category=category)

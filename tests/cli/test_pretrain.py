@@ -16,6 +16,20 @@ from usdm_megatron.cli.entry import is_main_rank, run_guarded
 from usdm_megatron.cli.pretrain import parse
 from usdm_megatron.errors import ConfigError
 
+# docs/architecture.md, "Training flags"
+TRAINING_FLAGS = """
+--train-data-path --data-path --valid-data-path --seq-length --micro-batch-size --global-batch-size
+--train-iters --train-samples --num-train-epochs --shuffle --seed --lr --min-lr --lr-decay-style
+--lr-warmup-fraction --lr-warmup-iters --lr-decay-iters --weight-decay --clip-grad --adam-beta1
+--adam-beta2 --adam-eps --bf16 --no-bf16 --tensor-model-parallel-size --pipeline-model-parallel-size
+--num-virtual-stages-per-pipeline-rank --sequence-parallel --recompute-granularity --recompute-modules
+--recompute-method --recompute-num-layers --overlap-grad-reduce --overlap-param-gather
+--no-overlap-p2p-communication --distributed-timeout-minutes --load --save --pretrained-checkpoint
+--ckpt-step --exit-on-missing-checkpoint --save-interval --eval-interval --save-total-limit --keep-best
+--log-interval --tensorboard-dir --wandb-project --wandb-exp-name --wandb-entity --dry-run --world-size
+--nproc-per-node --config --recipe --print-config --core-attention --cross-sample-attention
+"""
+
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -79,23 +93,11 @@ def test_main_rank(environment: dict[str, str], main_rank: bool, monkeypatch: py
 
 def test_flags_are_those_of_the_architecture_document(capsys: pytest.CaptureFixture[str]) -> None:
     """Every training flag that `docs/architecture.md` fixes is in the help."""
-    flags = """
-    --train-data-path --data-path --valid-data-path --seq-length --micro-batch-size --global-batch-size
-    --train-iters --train-samples --num-train-epochs --shuffle --seed --lr --min-lr --lr-decay-style
-    --lr-warmup-fraction --lr-warmup-iters --lr-decay-iters --weight-decay --clip-grad --adam-beta1 --adam-beta2
-    --adam-eps --bf16 --no-bf16 --tensor-model-parallel-size --pipeline-model-parallel-size
-    --num-virtual-stages-per-pipeline-rank --sequence-parallel --recompute-granularity --recompute-modules
-    --recompute-method --recompute-num-layers --overlap-grad-reduce --overlap-param-gather
-    --no-overlap-p2p-communication --distributed-timeout-minutes --load --save --pretrained-checkpoint --ckpt-step
-    --exit-on-missing-checkpoint --save-interval --eval-interval --save-total-limit --keep-best --log-interval
-    --tensorboard-dir --wandb-project --wandb-exp-name --wandb-entity --dry-run --world-size --nproc-per-node
-    --config --recipe --print-config --core-attention --cross-sample-attention
-    """.split()
     with pytest.raises(SystemExit) as stop:
         main(["pretrain", "--help"])
     assert stop.value.code == 0
     offered = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-    assert set(flags) <= offered
+    assert set(TRAINING_FLAGS.split()) <= offered
     assert not {flag for flag in offered if "." in flag}
 
 

@@ -20,7 +20,8 @@ with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_st
     except SystemExit as stop:
         code = stop.code
 print(json.dumps({
-    "code": code, "output": output.getvalue(), "modules": sorted({name.split(".")[0] for name in sys.modules}),
+    "code": code, "output": output.getvalue(),
+    "modules": sorted({name.split(".")[0] for name in sys.modules}),
     "elapsed_s": time.perf_counter() - started_at,
 }))
 """
@@ -65,7 +66,7 @@ def test_importing_does_nothing() -> None:
     script = (
         "import numpy, tyro, yaml\n"  # numpy filters its own warnings
         "import logging, os, warnings; env, filters = dict(os.environ), list(warnings.filters)\n"
-        "import usdm_megatron.cli.pretrain, usdm_megatron.config_file, usdm_megatron.layout, usdm_megatron.vocab\n"
+        "import usdm_megatron.cli.pretrain, usdm_megatron.layout, usdm_megatron.vocab\n"
         "assert dict(os.environ) == env and list(warnings.filters) == filters and not logging.root.handlers\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -24,7 +24,13 @@ from usdm_megatron.config import (
     RunConfig,
     TrainingConfig,
 )
-from usdm_megatron.config_file import dump_config, layered_defaults, load_config, read_config_file, section_types
+from usdm_megatron.config_file import (
+    dump_config,
+    layered_defaults,
+    load_config,
+    read_config_file,
+    section_types,
+)
 from usdm_megatron.errors import ConfigError
 from usdm_megatron.recipes import RecipeName, recipe_fields
 
@@ -52,7 +58,9 @@ def sections() -> dict[str, st.SearchStrategy[Any]]:
         ParallelConfig: {
             "tensor_model_parallel_size": st.sampled_from([2, 4, 8]),
             "pipeline_model_parallel_size": st.sampled_from([3, 4]),
-            "recompute_modules": st.lists(st.sampled_from(["core_attn", "mlp", "layernorm"]), max_size=3).map(tuple),
+            "recompute_modules": st.lists(st.sampled_from(["core_attn", "mlp", "layernorm"]), max_size=3).map(
+                tuple
+            ),
             "overlap_grad_reduce": st.just(True),
             "distributed_timeout_minutes": st.floats(1e-3, 1e6),
         },
@@ -104,7 +112,9 @@ def test_a_dumped_config_loads_as_itself(tmp_path_factory: pytest.TempPathFactor
 
 @settings(max_examples=10, deadline=None)  # tyro takes a tenth of a second
 @given(RUN_CONFIGS)
-def test_a_dumped_config_resolves_to_itself(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:
+def test_a_dumped_config_resolves_to_itself(
+    tmp_path_factory: pytest.TempPathFactory, config: RunConfig
+) -> None:
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert parse(["--config", str(path)])[1] == config
@@ -151,7 +161,12 @@ OVERRIDES = [
     ("usdm", ("--clip-grad", "0.5"), ("optimizer", "clip_grad"), 0.5),
     ("usdm", ("--no-decay-norms",), ("optimizer", "decay_norms"), False),
     ("corrected", ("--train-sample-boundaries",), ("training", "train_sample_boundaries"), True),
-    ("corrected", ("--loss-reduction", "micro-batch-mean"), ("training", "loss_reduction"), "micro-batch-mean"),
+    (
+        "corrected",
+        ("--loss-reduction", "micro-batch-mean"),
+        ("training", "loss_reduction"),
+        "micro-batch-mean",
+    ),
     ("corrected", ("--clip-grad", "0"), ("optimizer", "clip_grad"), 0.0),
     ("corrected", ("--decay-norms",), ("optimizer", "decay_norms"), True),
 ]
@@ -170,7 +185,9 @@ def test_each_difference_can_be_overridden_alone(
 
 def test_layers(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("recipe: usdm\noptimizer: {clip_grad: 0.25, lr: 2e-5, adam_eps: 1}\ndata: {seq_length: 64}\n")
+    path.write_text(
+        "recipe: usdm\noptimizer: {clip_grad: 0.25, lr: 2e-5, adam_eps: 1}\ndata: {seq_length: 64}\n"
+    )
     _, config = parse(["--config", str(path), "--seq-length", "128"])
     assert config.recipe == "usdm"
     assert config.data.seq_length == 128  # command line over file
@@ -249,14 +266,29 @@ def changed(section: str, **fields: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (changed("parallel", tensor_model_parallel_size=0), "parallel: tensor_model_parallel_size is 0; it must be at"),
+    (
+        changed("parallel", tensor_model_parallel_size=0),
+        "parallel: tensor_model_parallel_size is 0; it must be at",
+    ),
     (changed("parallel", pipeline_model_parallel_size=-1), "pipeline_model_parallel_size is -1"),
-    (changed("parallel", recompute_modules=("moe",)), "recompute module moe is not one of core_attn, mlp, layernorm"),
-    (changed("parallel", overlap_param_gather=True), "--overlap-param-gather needs --overlap-grad-reduce; set both"),
-    (changed("parallel", distributed_timeout_minutes=0), "distributed_timeout_minutes is 0; it must be positive"),
+    (
+        changed("parallel", recompute_modules=("moe",)),
+        "recompute module moe is not one of core_attn, mlp, layernorm",
+    ),
+    (
+        changed("parallel", overlap_param_gather=True),
+        "--overlap-param-gather needs --overlap-grad-reduce; set both",
+    ),
+    (
+        changed("parallel", distributed_timeout_minutes=0),
+        "distributed_timeout_minutes is 0; it must be positive",
+    ),
     (changed("parallel", distributed_timeout_minutes=math.inf), "is inf; it must be a finite number"),
     (changed("data", seq_length=0), "data: seq_length is 0"),
-    (changed("data", train_data_path=""), "data: train_data_path is empty; give a value or drop --train-data-path"),
+    (
+        changed("data", train_data_path=""),
+        "data: train_data_path is empty; give a value or drop --train-data-path",
+    ),
     (changed("optimizer", weight_decay=-1e-5), "optimizer: weight_decay is -1e-05; it must not be negative"),
     (changed("optimizer", lr=math.nan), "optimizer: lr is nan; it must be a finite number"),
     (changed("optimizer", min_lr=1.0), "optimizer: min_lr 1.0 is above lr 2e-05; lower it"),
@@ -264,9 +296,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (changed("optimizer", lr_warmup_fraction=-0.1), "lr_warmup_fraction is -0.1"),
     (changed("optimizer", lr_warmup_iters=-1), "lr_warmup_iters is -1; it must not be negative"),
     (changed("optimizer", lr_decay_iters=0), "lr_decay_iters is 0; it must be at least 1"),
-    (changed("optimizer", lr_warmup_fraction=0.1, lr_warmup_iters=3), "both lr_warmup_fraction and lr_warmup_iters"),
+    (
+        changed("optimizer", lr_warmup_fraction=0.1, lr_warmup_iters=3),
+        "both lr_warmup_fraction and lr_warmup_iters",
+    ),
     (changed("training", train_iters=0), "training: train_iters is 0"),
-    (changed("training", train_samples=1, num_train_epochs=1), "train_samples and num_train_epochs are given together"),
+    (
+        changed("training", train_samples=1, num_train_epochs=1),
+        "train_samples and num_train_epochs are given together",
+    ),
     (changed("training", eval_interval=0), "eval_interval is 0"),
     (changed("checkpoint", save_interval=0), "save_interval is 0"),
     (changed("checkpoint", save_total_limit=0), "save_total_limit is 0"),

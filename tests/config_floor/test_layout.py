@@ -115,5 +115,7 @@ def test_batch(dp: int, micro: int) -> None:
 def test_batch_of_an_interleaved_pipeline() -> None:
     layout = ParallelLayout(8, pp=4, vpp=2)
     assert layout.problems_with_batch(8, 1) == []  # 4 micro-batches
-    assert "multiple of pp=4; set --global-batch-size to a multiple of 8" in layout.problems_with_batch(6, 1)[0]
+    assert (
+        "multiple of pp=4; set --global-batch-size to a multiple of 8" in layout.problems_with_batch(6, 1)[0]
+    )
     assert ParallelLayout(8, pp=4).problems_with_batch(6, 1) == []

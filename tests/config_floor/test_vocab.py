@@ -33,7 +33,12 @@ def test_kind_of_every_id() -> None:
     assert len(kinds) == 42003
 
     def expected(token: int) -> TargetKind:
-        named = {1: TargetKind.BOS, 2: TargetKind.EOS, 32000: TargetKind.CONTINUE, 32001: TargetKind.CORRESPOND}
+        named = {
+            1: TargetKind.BOS,
+            2: TargetKind.EOS,
+            32000: TargetKind.CONTINUE,
+            32001: TargetKind.CORRESPOND,
+        }
         return named.get(token, TargetKind.UNIT if 32002 <= token <= 42001 else TargetKind.TEXT)
 
     assert [TargetKind(kind) for kind in kinds] == [expected(token) for token in range(42003)]
@@ -51,7 +56,9 @@ def test_text_vocabulary() -> None:
             getattr(plain, name)
 
 
-@pytest.mark.parametrize(("size", "padded"), [(511, 512), (512, 512), (513, 1024), (42_003, 42_496), (32_768, 32_768)])
+@pytest.mark.parametrize(
+    ("size", "padded"), [(511, 512), (512, 512), (513, 1024), (42_003, 42_496), (32_768, 32_768)]
+)
 def test_padded_size(size: int, padded: int) -> None:
     assert Vocabulary(text_size=size, unit_count=0).padded_size == padded
 

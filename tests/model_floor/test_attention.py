@@ -22,6 +22,7 @@ from usdm_megatron.model.packed_sequence import PackedSequence, RopeTable, apply
 
 W = 7
 BLOCK = attention._QUERY_BLOCK
+BF16 = torch.bfloat16
 KERNEL_TOLERANCE = 1e-10  # float64 on both sides
 
 
@@ -29,7 +30,9 @@ def packed(lengths: tuple[int, ...]) -> PackedSequence:
     return PackedSequence(qkv_format="thd", segment_lengths=lengths)
 
 
-def brute_force(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+def brute_force(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, lengths: tuple[int, ...], window: int | None
+) -> Tensor:
     """Softmax over every pair of the row, with what may not be seen at -inf."""
     segment_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     position_T = torch.arange(sum(lengths))
@@ -46,13 +49,15 @@ def brute_force(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, lengths: tuple[int,
     return torch.stack(outputs, dim=1)
 
 
-def random_row(lengths: tuple[int, ...], heads: int, groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def random_row(
+    lengths: tuple[int, ...], heads: int, groups: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths))
     shapes = [(sum(lengths), count, 8) for count in (heads, groups, groups)]
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-# (lengths, window): window edges, one token, equal neighbours, many segments, blocks of queries and their edges
+# (lengths, window): window edges, one token, many segments, blocks of queries and their edges
 ROWS: list[tuple[tuple[int, ...], int | None]] = [
     ((1,), None),
     ((1, 1, 1), W),
@@ -114,7 +119,9 @@ def test_rope_is_that_of_transformers() -> None:
 
     head_dim, theta, positions = 16, 1e6, torch.tensor([0, 1, 2, 0, 1, 500, 499])
     table = RopeTable(head_dim, theta, 501, torch.device("cpu"))
-    batch: Any = SimpleNamespace(position_ids=positions[None], cu_seqlens=None, max_seqlen=0, segment_lengths=())
+    batch: Any = SimpleNamespace(
+        position_ids=positions[None], cu_seqlens=None, max_seqlen=0, segment_lengths=()
+    )
     row = table.pack(batch, torch.float32)
     config = MistralConfig(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, rope_theta=theta
@@ -140,13 +147,18 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
     weight = torch.rand(32).to(dtype)
     for norm in (ours, theirs):
         norm.weight.data.copy_(weight)
-    inputs = [(0.01 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_() for _ in range(2)]
+    inputs = [
+        (0.01 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+        for _ in range(2)
+    ]
     outputs = [norm(x) for norm, x in zip((ours, theirs), inputs, strict=True)]
     atol = 1e-6 if dtype == torch.float32 else 8e-3  # a bf16 ulp at 1
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=atol)
     for output in outputs:
         output.float().square().sum().backward()
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=2e-2 if atol > 1e-3 else 1e-5, atol=atol)
+    torch.testing.assert_close(
+        ours.weight.grad, theirs.weight.grad, rtol=2e-2 if atol > 1e-3 else 1e-5, atol=atol
+    )
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=2e-2 if atol > 1e-3 else 1e-5, atol=1e-4)
 
 
@@ -161,21 +173,25 @@ def test_core_attention_wants_the_rows_own_parameters() -> None:
 
 def test_backend_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_backend("auto") == resolve_backend("torch") == "torch"
+    assert resolve_backend("auto", BF16) == resolve_backend("torch", BF16) == "torch"
     for name in ("te", "flash"):
         with pytest.raises(ConfigError, match=f"{name} cannot run: it needs CUDA.*--core-attention auto"):
-            resolve_backend(name)
+            resolve_backend(name, BF16)
 
 
 @pytest.mark.parametrize(
-    ("installed", "chosen"), [((), "torch"), (("flash_attn",), "flash"), (("transformer_engine", "flash_attn"), "te")]
+    ("installed", "chosen"),
+    [((), "torch"), (("flash_attn",), "flash"), (("transformer_engine", "flash_attn"), "te")],
 )
 def test_auto_takes_the_first_backend_that_is_there(
     installed: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package if package in installed else None)
-    assert resolve_backend("auto") == chosen
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda package: package if package in installed else None
+    )
+    assert resolve_backend("auto", BF16) == chosen
+    assert resolve_backend("auto", torch.float32) == "torch"  # the others have 16-bit kernels alone
     if "transformer_engine" not in installed:
         with pytest.raises(ConfigError, match="te cannot run: transformer_engine is not installed"):
-            resolve_backend("te")
+            resolve_backend("te", BF16)

@@ -19,8 +19,10 @@ TOKENS, PADDED = 37, 24
 SIZES = [12, 24, 17, 13, 5]
 
 
-def inputs(size: int, dtype: torch.dtype, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits whose padding would own the softmax, labels that hit both ends, weights of the tokens' losses."""
+def inputs(
+    size: int, dtype: torch.dtype, scale: float = 3.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits whose padding would own the softmax, labels that hit both ends, weights of the losses."""
     generator = torch.Generator().manual_seed(size)
     logits = scale * torch.randn(TOKENS, PADDED, generator=generator)
     logits[:, size:] = 1e4
@@ -39,7 +41,11 @@ def cross_entropy_job(
 
     loss_module._CHUNK_ELEMENTS = chunk  # several chunks, the last one short
     dist.init_process_group(
-        "gloo", store=store, rank=environment.rank, world_size=environment.world_size, timeout=timedelta(seconds=60)
+        "gloo",
+        store=store,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timedelta(seconds=60),
     )
     logits, labels, weights = inputs(size, dtype, scale)
     own = logits.chunk(environment.world_size, dim=1)[environment.rank].clone().requires_grad_()
@@ -56,7 +62,8 @@ def all_sizes_job(environment: Any, store: Any, cases: list[Any]) -> list[Any]:
     import torch.distributed as dist
 
     return [
-        cross_entropy_job(environment, dist.PrefixStore(str(index), store), *case) for index, case in enumerate(cases)
+        cross_entropy_job(environment, dist.PrefixStore(str(index), store), *case)
+        for index, case in enumerate(cases)
     ]
 
 
@@ -81,8 +88,12 @@ def test_cross_entropy_is_torchs_over_the_true_columns(ranks: int) -> None:
         assert gradient.dtype == dtype
         for loss, _ in results:  # the same on every rank, fp32 whatever the logits
             assert loss.dtype == torch.float32
-            torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-5 if scale < 1e3 else 1e-3)
-        rtol, atol = (0, 2e-6) if dtype == torch.float32 else (2**-8, 1e-6)  # bf16: one rounding of the result
+            torch.testing.assert_close(
+                loss.double(), expected.detach(), rtol=1e-6, atol=1e-5 if scale < 1e3 else 1e-3
+            )
+        rtol, atol = (
+            (0, 2e-6) if dtype == torch.float32 else (2**-8, 1e-6)
+        )  # bf16: one rounding of the result
         torch.testing.assert_close(gradient[:, :size].double(), reference.grad, rtol=rtol, atol=atol)
         assert torch.count_nonzero(gradient[:, size:]) == 0, "padding got a gradient"
 
@@ -104,5 +115,7 @@ def test_loss_record_by_kind() -> None:
 
 
 def test_loss_record_of_an_empty_row() -> None:
-    record = LossRecord.of_tokens(torch.rand(8), torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.uint8))
+    record = LossRecord.of_tokens(
+        torch.rand(8), torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.uint8)
+    )
     assert record.sums_K.tolist() == record.counts_K.tolist() == [0.0] * len(TargetKind)

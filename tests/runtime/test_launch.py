@@ -10,7 +10,7 @@ import pytest
 
 from usdm_megatron.runtime.launch import launch_local_ranks
 
-MODULE = '''
+MODULE = """
 import os, sys, time
 from pathlib import Path
 
@@ -25,14 +25,17 @@ if code == 3:  # all ranks of a preempted run return 3
     sys.exit(3)
 time.sleep(60)
 (directory / f"survived-{rank}").write_text("")
-'''
+"""
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "a_rank_of_a_test.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):  # the launcher sets defaults of its own: undone here
+    for name in (
+        "OMP_NUM_THREADS",
+        "GLOO_SOCKET_IFNAME",
+    ):  # the launcher sets defaults of its own: undone here
         monkeypatch.setenv(name, os.environ.get(name, ""))
         monkeypatch.delenv(name)
     return "a_rank_of_a_test"

@@ -97,7 +97,7 @@ def seeds_job(environment: Any, store: Any, tp: int, pp: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 1, 2), (1, 2, 2)])
 def test_dropout_streams(tp: int, pp: int, dp: int) -> None:
-    """As Megatron: replicated activations draw the same over tp, sharded ones do not; stages differ. And dp does."""
+    """As Megatron: replicated activations draw the same over tp, sharded ones do not; stages, dp differ."""
     results = run_ranks(tp * pp * dp, seeds_job, tp, pp)
     for i, one in enumerate(results):
         for other in results[:i]:
@@ -107,7 +107,9 @@ def test_dropout_streams(tp: int, pp: int, dp: int) -> None:
             assert one["sharded"] != other["sharded"]
     torch.manual_seed(42)  # rank 0 is seeded with the seed itself, as in Megatron
     assert results[0]["replicated"] == torch.rand(4).tolist()
-    torch.manual_seed(42 + 2718)  # and its tracked stream with Megatron's offset (core/tensor_parallel/random.py)
+    torch.manual_seed(
+        42 + 2718
+    )  # and its tracked stream with Megatron's offset (core/tensor_parallel/random.py)
     assert results[0]["sharded"] == torch.rand(4).tolist()
 
 
@@ -152,7 +154,9 @@ def redirect_job(environment: Any, store: Any) -> None:
     cpu.enter_cpu_redirect()
     entered, current_device = cpu._entered, torch.cuda.current_device
     cpu.enter_cpu_redirect()
-    assert cpu._entered is entered and torch.cuda.current_device is current_device, "the second call does nothing"
+    assert cpu._entered is entered and torch.cuda.current_device is current_device, (
+        "the second call does nothing"
+    )
     host = torch.device("cpu")
     for device in ("cuda", "cuda:0", torch.device("cuda"), torch.cuda.current_device(), "cpu"):
         for made in (

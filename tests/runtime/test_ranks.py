@@ -12,12 +12,18 @@ MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
 def test_torchrun() -> None:
     found = ranks_from_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **MEETING})
-    assert found == RankEnvironment(rank=5, world_size=8, local_rank=1, master_addr="node0", master_port=29500)
+    assert found == RankEnvironment(
+        rank=5, world_size=8, local_rank=1, master_addr="node0", master_port=29500
+    )
 
 
 def test_slurm() -> None:
-    found = ranks_from_environment({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", **MEETING})
-    assert found == RankEnvironment(rank=9, world_size=16, local_rank=1, master_addr="node0", master_port=29500)
+    found = ranks_from_environment(
+        {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", **MEETING}
+    )
+    assert found == RankEnvironment(
+        rank=9, world_size=16, local_rank=1, master_addr="node0", master_port=29500
+    )
 
 
 def test_torchrun_inside_slurm_wins() -> None:
@@ -26,7 +32,9 @@ def test_torchrun_inside_slurm_wins() -> None:
     assert found is not None and (found.rank, found.world_size) == (5, 8)
 
 
-@pytest.mark.parametrize("environment", [{}, {"RANK": "0"}, {"WORLD_SIZE": "2"}, {"SLURM_PROCID": "0"}, MEETING])
+@pytest.mark.parametrize(
+    "environment", [{}, {"RANK": "0"}, {"WORLD_SIZE": "2"}, {"SLURM_PROCID": "0"}, MEETING]
+)
 def test_none(environment: dict[str, str]) -> None:
     assert ranks_from_environment(environment) is None
 
@@ -37,7 +45,9 @@ def test_one_rank_needs_no_meeting() -> None:
 
 
 @pytest.mark.parametrize("missing", MEETING)
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE", "torchrun"), ("SLURM_PROCID", "SLURM_NTASKS", "srun")])
+@pytest.mark.parametrize(
+    "names", [("RANK", "WORLD_SIZE", "torchrun"), ("SLURM_PROCID", "SLURM_NTASKS", "srun")]
+)
 def test_where_they_meet_is_missing(names: tuple[str, str, str], missing: str) -> None:
     rank, size, source = names
     environment = {rank: "0", size: "2", **MEETING}

@@ -220,7 +220,8 @@ def gradients(
             micro_batches.append(batch if loss_samples is None else _only_samples(batch, loss_samples))
         boundaries = config.training.train_sample_boundaries
         targets = sum(sum(map(len, row)) - (1 if boundaries else len(row)) for row in rows if row is not None)
-        result = engine.step.train(micro_batches, engine.optimizer, targets=targets, lr=0.0, stop=False)
+        step, optimizer = engine.step, engine.optimizer
+        result = step.train(micro_batches, optimizer, targets=targets, lr=0.0, stop=lambda: False)
         with torch.no_grad():
             for model in engine.models:
                 for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Wrong input of `usdm-megatron pretrain`: one clear message (field, value, rule, remedy), exit code 2, no traceback.
+"""Wrong input of `usdm-megatron pretrain`: one clear message (field, value, rule, remedy), exit code 2.
 
 Everything here runs in this process: `--dry-run` checks all that a run checks before its ranks start.
 """
@@ -148,12 +148,19 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "validation store that is not there": ({"--valid-data-path": "{nowhere}"}, ("nowhere: no token store",)),
     "empty string as a path": (
         {"--train-data-path": "", "--save": " "},
-        ("data: train_data_path is empty; give a value or drop --train-data-path", "checkpoint: save is empty"),
+        (
+            "data: train_data_path is empty; give a value or drop --train-data-path",
+            "checkpoint: save is empty",
+        ),
     ),
     "no --save": ({"--save": None}, ("checkpoint: --save is missing; name the run directory",)),
     "no weights": (
         {WEIGHTS: None},
-        ("there are no weights to start from", "--pretrained-checkpoint CK", "convert_hf_checkpoint.py import"),
+        (
+            "there are no weights to start from",
+            "--pretrained-checkpoint CK",
+            "convert_hf_checkpoint.py import",
+        ),
     ),
     "weights that are not there": (
         {WEIGHTS: "{nowhere}"},
@@ -177,7 +184,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "tp that does not divide query groups": (
         {TP: 4, "--world-size": 4},
-        (f"parallel: tp=4 does not divide the model's 2 query groups (key-value heads); set {TP} to a divisor",),
+        (
+            "parallel: tp=4 does not divide the model's 2 query groups (key-value heads);",
+            f"set {TP} to a divisor",
+        ),
     ),
     "tp that divides nothing": (
         {TP: 3, "--world-size": 3},
@@ -189,11 +199,17 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "tp that does not divide the padded vocabulary": (
         {TP: 6, "--world-size": 6, WEIGHTS: "{six_heads}"},
-        (f"error: parallel: tp=6 does not divide the model's 512 padded vocabulary rows; set {TP} to a divisor",),
+        (
+            "error: parallel: tp=6 does not divide the model's 512 padded vocabulary rows;",
+            f"set {TP} to a divisor",
+        ),
     ),
     "odd micro-batch x sequence under sequence parallel": (
         {TP: 2, "--sequence-parallel": True, "--seq-length": 63, "--micro-batch-size": 3, "--world-size": 2},
-        ("micro batch size x seq length = 189 does not divide over tp=2", "set --seq-length to a multiple of 2"),
+        (
+            "micro batch size x seq length = 189 does not divide over tp=2",
+            "set --seq-length to a multiple of 2",
+        ),
     ),
     "sequence parallel without tensor parallel": ({"--sequence-parallel": True}, ("drop it or set " + TP,)),
     "pipeline deeper than the model": (
@@ -236,7 +252,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     # data against model
     "sequence longer than the model's positions": (
         {"--seq-length": 1024},
-        ("data: seq_length 1024 exceeds the model's 512 positions (max_position_embeddings); lower --seq-length",),
+        (
+            "data: seq_length 1024 exceeds the model's 512 positions (max_position_embeddings);",
+            "lower --seq-length",
+        ),
     ),
     "row longer than --seq-length": (
         {"--seq-length": 32},
@@ -252,7 +271,11 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "store of another vocabulary of the same size": (
         {"--train-data-path": "{other_ids}"},
-        ("'text_size': 200", "'text_size': 300", "the same ids would mean other tokens: preprocess for this model"),
+        (
+            "'text_size': 200",
+            "'text_size': 300",
+            "the same ids would mean other tokens: preprocess for this model",
+        ),
     ),
     "store of another tokenizer": (
         {"--train-data-path": "{other_tokenizer}", WEIGHTS: "{with_tokenizer}"},
@@ -270,7 +293,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     # durations
     "more steps than rows": (
         {"--train-iters": 6},
-        ("training: --train-iters 6 x --global-batch-size 4 needs more rows than the 20", "--num-train-epochs E"),
+        (
+            "training: --train-iters 6 x --global-batch-size 4 needs more rows than the 20",
+            "--num-train-epochs E",
+        ),
     ),
     "more samples than rows": ({"--train-samples": 21}, ("--train-samples 21 needs more rows than the 20",)),
     "two durations": (
@@ -279,7 +305,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "negative seed": ({"--seed": -1}, ("seed is -1, the least is 0",)),
     # flags
-    "unknown flag": ({"--trian-data-path": "x"}, ("Unrecognized options: --trian-data-path", "--train-data-path")),
+    "unknown flag": (
+        {"--trian-data-path": "x"},
+        ("Unrecognized options: --trian-data-path", "--train-data-path"),
+    ),
     "a flag's abbreviation": ({"--global-batch": 4}, ("--global-batch-size",)),
     "wrong type": ({"--lr": "fast"}, ("--lr", "fast")),
     "wrong choice": ({"--lr-decay-style": "cosin"}, ("--lr-decay-style", "cosine", "linear", "constant")),
@@ -342,7 +371,10 @@ def test_an_empty_load_starts_from_the_weights(world: World, refused: Refused) -
 
 CONTINUE = {"--load": "{run}", "--save": "{run}"}
 RESUME_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "lr": ({"--lr": 2e-3}, ("resume: optimizer.lr was 0.001 in", "and is 0.002 now; keep it, or start", WEIGHTS)),
+    "lr": (
+        {"--lr": 2e-3},
+        ("resume: optimizer.lr was 0.001 in", "and is 0.002 now; keep it, or start", WEIGHTS),
+    ),
     "warm-up": ({"--lr-warmup-iters": 2}, ("resume: optimizer.lr_warmup_iters was None in", "is 2 now")),
     "sequence length": ({"--seq-length": 128}, ("resume: data.seq_length was 64 in", "is 128 now")),
     "global batch": ({"--global-batch-size": 2}, ("resume: data.global_batch_size was 4 in", "is 2 now")),
@@ -380,10 +412,19 @@ def test_resume_refused(case: str, refused: Refused) -> None:
     message = refused({**CONTINUE, "--lr": 1e-3, **changes})
     for part in says:
         assert part in message
-    assert len(message.splitlines()) == {"recipe": 4, "several": 2}.get(case, 1), "one line a problem, no more"
+    assert len(message.splitlines()) == {"recipe": 4, "several": 2}.get(case, 1), (
+        "one line a problem, no more"
+    )
 
 
-FREE = {"--micro-batch-size": 2, "--eval-interval": 7, "--save-interval": 1, "--log-interval": 3, PP: 2, TP: 2}
+FREE = {
+    "--micro-batch-size": 2,
+    "--eval-interval": 7,
+    "--save-interval": 1,
+    "--log-interval": 3,
+    PP: 2,
+    TP: 2,
+}
 
 
 def test_layout_and_intervals_may_change_on_resume(refused: Refused) -> None:
@@ -413,19 +454,47 @@ def test_chosen_step_of_a_run_that_is_damaged(world: World, refused: Refused) ->
     assert all(f"iter_000000{step}" in message for step in (2, 4, 5)) and "common.pt" in message
 
 
+def test_run_of_another_task(world: World, refused: Refused) -> None:
+    copy = shutil.copytree(world.run, world.directory / "sft_run")
+    edit(copy / "iter_0000005", "train_state.json", {"task": "sft"})
+    message = refused({"--load": str(copy), "--save": str(copy), "--lr": 1e-3})
+    assert "is a sft run and this is pretrain; start from its weights with --pretrained-checkpoint" in message
+
+
+def test_train_state_that_cannot_be_read(world: World, refused: Refused) -> None:
+    copy = shutil.copytree(world.run, world.directory / "no_state")
+    flags = {"--load": str(copy), "--save": str(copy), "--lr": 1e-3}
+    edit(copy / "iter_0000005", "train_state.json", {"unknown": 1})
+    assert "train_state.json cannot be read" in refused(flags)
+
+
+def test_what_load_may_name(world: World, refused: Refused) -> None:
+    """A converted model gives weights; a checkpoint of a run, or the run spelled otherwise, continues it."""
+    assert f"{world.checkpoint}/release at step 0" in refused({"--load": str(world.checkpoint)}, code=0)
+    flags = {"--lr": 1e-3}
+    assert "iter_0000002 at step 2" in refused({**flags, "--load": "{run}/iter_0000002"}, code=0)
+    assert "iter_0000002 at step 2" in refused({**flags, "--load": "{run}", "--ckpt-step": 2}, code=0)
+    spelled = {"--load": "{empty}/../run", "--save": "{run}"}
+    assert "iter_0000005 at step 5" in refused({**flags, **spelled}, code=0)
+
+
 def test_run_as_pretrained_checkpoint_gives_weights_only(refused: Refused) -> None:
     assert "iter_0000005 at step 0" in refused({WEIGHTS: "{run}", "--lr": 2e-3}, code=0)
 
 
-def test_checkpoint_whose_vocabulary_is_not_its_models(world: World, tiny_model: Any, refused: Refused) -> None:
+def test_checkpoint_whose_vocabulary_is_not_its_models(
+    world: World, tiny_model: Any, refused: Refused
+) -> None:
     release = shutil.copytree(tiny_model.root, world.directory / "mixed") / "release"
     edit(release, "vocabulary.json", {"unit_count": 50})
     message = refused({WEIGHTS: "{mixed}"})
     assert "vocabulary.json has 353 ids, but hf_config.json says vocab_size = 403" in message
 
 
-def test_weights_of_another_model_are_refused_by_their_shapes(world: World, tiny_model: Any, tmp_path: Path) -> None:
-    """`hf_config.json` of one model beside the tensors of another: found when the tensors are read, on all ranks."""
+def test_weights_of_another_model_are_refused_by_their_shapes(
+    world: World, tiny_model: Any, tmp_path: Path
+) -> None:
+    """`hf_config.json` of one model beside the tensors of another: found when the tensors are read."""
     config = jobs.run_config(
         Layout(2),
         data={"train_data_path": world["rows"]},
@@ -438,7 +507,10 @@ def test_weights_of_another_model_are_refused_by_their_shapes(world: World, tiny
 
 
 YAML_CASES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "unknown key": ({"data": {"seq_lenght": 64}}, ("data.seq_lenght: unknown key; did you mean data.seq_length?",)),
+    "unknown key": (
+        {"data": {"seq_lenght": 64}},
+        ("data.seq_lenght: unknown key; did you mean data.seq_length?",),
+    ),
     "unknown section": ({"optimiser": {}}, ("optimiser: unknown key; did you mean optimizer?",)),
     "key of another section": ({"lr": 1e-3}, ("lr: unknown key",)),
     "wrong type": ({"data": {"seq_length": "64"}}, ("data.seq_length: is '64'; expected int",)),
@@ -454,7 +526,12 @@ YAML_CASES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "recipe": ({"recipe": "original"}, ("recipe: is 'original'; expected usdm, corrected",)),
     "several": (
         {"data": {"seq_lenght": 64, "shuffle": "yes"}, "optimizer": {"lr": []}, "loging": {}},
-        ("data.seq_lenght", "data.shuffle: is 'yes'; expected bool", "optimizer.lr: is []", "did you mean logging?"),
+        (
+            "data.seq_lenght",
+            "data.shuffle: is 'yes'; expected bool",
+            "optimizer.lr: is []",
+            "did you mean logging?",
+        ),
     ),
 }
 

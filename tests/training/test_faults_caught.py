@@ -2,7 +2,8 @@
 
 - `--recipe corrected` equals plain PyTorch, evaluation too: the global-token mean as the loop counts its
   targets, clipping that bites, norms without weight decay, and the losses by kind of target.
-- An interleaved pipeline whose sends are too large to be gone at once.
+- A checkpoint holds the last update, whenever replicas gather their parameters.
+- An interleaved pipeline keeps its outputs until they are sent.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from tests import tiny
 from tests.ranks import run_ranks
 from tests.training import jobs, reference
 from tests.training.jobs import Layout
-from tests.training.test_model_parity import hf_tensors
+from tests.training.test_model_parity import OPTIONS as PARITY_OPTIONS
+from tests.training.test_model_parity import ROWS as PARITY_ROWS
+from tests.training.test_model_parity import hf_tensors, reference_gradients
 
 GLOBAL_BATCH, SEQ_LENGTH, LR, DECAY, CLIP = 4, 64, 1e-3, 0.5, 0.3
 ROWS = tiny.random_rows(15, SEQ_LENGTH, seed=8)  # four steps, the last one short
@@ -78,18 +81,16 @@ def expected(tiny_model: Any) -> dict[str, Any]:
     return {"steps": steps, "evaluation": evaluation, "weights": weights}
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(2, 1, 2, sp=True)], ids=str)
-def test_corrected_training_equals_plain_pytorch(
-    layout: Layout, expected: dict[str, Any], tiny_model: Any, tmp_path: Path
-) -> None:
+def train_corrected(layout: Layout, tiny_model: Any, directory: Path, **data: str) -> Path:
+    """The product's run of the same training; returns its directory."""
     config = jobs.run_config(
         layout,
         data={
-            "train_data_path": str(tiny.write_store(tmp_path / "train", ROWS)),
-            "valid_data_path": str(tiny.write_store(tmp_path / "valid", VALID_ROWS)),
+            "train_data_path": str(tiny.write_store(directory / "train", ROWS)),
             "seq_length": SEQ_LENGTH,
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": 2,
+            **data,
         },
         optimizer={
             "lr": LR,
@@ -98,57 +99,88 @@ def test_corrected_training_equals_plain_pytorch(
             "weight_decay": DECAY,
             "clip_grad": CLIP,
         },
-        checkpoint={"save": str(tmp_path / "run"), "pretrained_checkpoint": str(tiny_model.root)},
+        checkpoint={"save": str(directory / "run"), "pretrained_checkpoint": str(tiny_model.root)},
     )
     results = run_ranks(layout.ranks, jobs.train, config)
     assert [result["code"] for result in results] == [0] * layout.ranks
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if line["kind"] == "train"]
-    (evaluated,) = (line for line in lines if line["kind"] == "eval")
-    for line, fields in zip([*trained, evaluated], [*expected["steps"], expected["evaluation"]], strict=True):
-        assert {name: line[name] for name in fields} == pytest.approx(fields, rel=1e-5)
-    assert evaluated["rows"] == len(VALID_ROWS)
-    weights = hf_tensors(tmp_path / "run" / f"iter_{STEPS:07d}")
+    return directory / "run"
+
+
+def assert_trained(run: Path, expected: dict[str, Any]) -> None:
+    weights = hf_tensors(run / f"iter_{STEPS:07d}")
     for name, (before, after) in expected["weights"].items():
         error = (weights[name] - after).norm() / (after - before).norm()
         assert error <= 1e-3, name
 
 
-def gradients_in_reused_memory(environment: Any, store: Any, *args: Any) -> dict[str, float]:
-    """`jobs.gradients` where what core frees is overwritten at once, as it may be at any time."""
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, 1, 2, sp=True)], ids=str)
+def test_corrected_training_equals_plain_pytorch(
+    layout: Layout, expected: dict[str, Any], tiny_model: Any, tmp_path: Path
+) -> None:
+    valid = tiny.write_store(tmp_path / "valid", VALID_ROWS)
+    run = train_corrected(layout, tiny_model, tmp_path, valid_data_path=str(valid))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    (evaluated,) = (line for line in lines if line["kind"] == "eval")
+    for line, fields in zip([*trained, evaluated], [*expected["steps"], expected["evaluation"]], strict=True):
+        assert {name: line[name] for name in fields} == pytest.approx(fields, rel=1e-5)
+    assert evaluated["rows"] == len(VALID_ROWS)
+    assert_trained(run, expected)
+
+
+def test_a_checkpoint_holds_the_last_update_when_parameters_are_gathered_late(
+    expected: dict[str, Any], tiny_model: Any, tmp_path: Path
+) -> None:
+    """Without an evaluation before the save, no forward pass has brought the other replicas' shards yet."""
+    overlapped = Layout(1, 1, 2, extra=(("overlap_grad_reduce", True), ("overlap_param_gather", True)))
+    assert_trained(train_corrected(overlapped, tiny_model, tmp_path), expected)
+
+
+class RecordedSend:
+    """A send that knows whether it was waited for."""
+
+    def __init__(self, tensor: torch.Tensor, work: Any) -> None:
+        self.address, self.work, self.pending = tensor.data_ptr(), work, True
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.pending = False
+
+
+def gradients_and_early_frees(environment: Any, store: Any, *args: Any) -> tuple[float, int, int]:
+    """Loss of `jobs.gradients`; how often core was done with an output still being sent, and freed it."""
+    import torch.distributed as dist
     from megatron.core.pipeline_parallel import schedules
 
-    free = schedules.deallocate_output_tensor
+    send, free = dist.isend, schedules.deallocate_output_tensor
+    sends: list[RecordedSend] = []
+    done_early = freed_early = 0
 
-    def overwrite_and_free(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
-        if out is not None and deallocate_pipeline_outputs:
-            out.data.fill_(torch.nan)
+    def recorded_send(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sends.append(RecordedSend(tensor, send(tensor, *args, **options)))
+        return sends[-1]
+
+    def recorded_free(out: Any, deallocate_pipeline_outputs: bool = False) -> None:
+        nonlocal done_early, freed_early
+        if out is not None and any(sent.pending and sent.address == out.data_ptr() for sent in sends):
+            done_early += 1
+            freed_early += deallocate_pipeline_outputs
         free(out, deallocate_pipeline_outputs)
 
-    schedules.deallocate_output_tensor = overwrite_and_free  # this rank's own process
-    return jobs.gradients(environment, store, *args)
+    dist.isend, schedules.deallocate_output_tensor = recorded_send, recorded_free  # in this rank's process
+    return jobs.gradients(environment, store, *args)["loss"], done_early, freed_early
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 2), Layout(1, 2, vpp=2)], ids=str)
-def test_outputs_are_not_freed_while_they_are_sent(layout: Layout, tmp_path: Path) -> None:
-    """512 KiB a send: gloo still reads them when the schedule goes on. Tiny ones would hide it."""
-    seq_length = 1024
-    hf = tiny.write_hf_model(
-        tmp_path / "hf", hidden_size=128, num_hidden_layers=4, max_position_embeddings=seq_length
-    )
-    root = tiny.write_checkpoint(hf, tmp_path / "checkpoint")
-    rows = tiny.random_rows(4, 64, seed=10)
-    rows = [[sample * 16 for sample in row] for row in rows]
-    model = reference.load_model(hf)
-    with torch.no_grad():
-        sums = [reference.row_loss(model, row, train_boundaries=False) for row in rows]
-    options = {
-        "data": {"seq_length": seq_length, "global_batch_size": len(rows)},
-        "optimizer": {"clip_grad": 0.0},
-    }
-    results = run_ranks(
-        layout.ranks, gradients_in_reused_memory, layout, root / "release", tmp_path / "run", rows, options
-    )
-    loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
-    for result in results:
-        assert result["loss"] == pytest.approx(loss.item(), rel=1e-6)
+def test_outputs_are_not_freed_while_they_are_sent(tiny_model: Any, tmp_path: Path) -> None:
+    """By order, not by numbers: gloo has often sent these small outputs before their memory is used again.
+
+    Sends overlap in the steady phase only, which needs more micro-batches than stages.
+    """
+    layout = Layout(1, 2, vpp=3)
+    options = {**PARITY_OPTIONS, "data": {**PARITY_OPTIONS["data"], "micro_batch_size": 1}}
+    arguments = (layout, tiny_model.release, tmp_path, PARITY_ROWS, options)
+    results = run_ranks(layout.ranks, gradients_and_early_frees, *arguments)
+    loss, _ = reference_gradients(tiny_model.hf, False)
+    assert [result[0] for result in results] == pytest.approx([loss] * layout.ranks, rel=1e-6)
+    assert sum(done_early for _, done_early, _ in results) > 0, "no send overlapped: nothing was checked"
+    assert [freed_early for _, _, freed_early in results] == [0] * layout.ranks

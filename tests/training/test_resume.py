@@ -206,3 +206,19 @@ def test_damaged_newest_checkpoint_falls_back(
     assert losses(run) == losses(serial_run)
     skipped = [event for event in metrics(run, "event") if event["what"] == "skipped checkpoint"]
     assert skipped and "iter_0000006" in skipped[0]["path"] and damaged.name in skipped[0]["why"]
+
+
+def test_overlapped_gathers_are_finished_before_a_save(stores: Path, tiny_model: Any, tmp_path: Path) -> None:
+    """Core leaves them to the next forward pass; a checkpoint must not hold the weights of one step ago."""
+    overlap = (("overlap_grad_reduce", True), ("overlap_param_gather", True))
+    plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
+    train(Layout(1, 1, 2), stores, tiny_model, plain)
+    train(Layout(1, 1, 2, extra=overlap), stores, tiny_model, overlapped)
+    assert losses(overlapped) == losses(plain)
+    for step in (SAVED_AT, STEPS):
+        expected, found = (tensors(run / f"iter_{step:07d}") for run in (plain, overlapped))
+        assert all(torch.equal(found[key], expected[key]) for key in expected), step
+    resumed = tmp_path / "resumed"
+    killed_after(SAVED_AT, overlapped, resumed)
+    train(Layout(1, 1, 2, extra=overlap), stores, tiny_model, resumed)
+    assert losses(resumed) == losses(plain)

@@ -36,7 +36,9 @@ def transformers_lrs(style: str, warmup: int, steps: int) -> list[float]:
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("steps", STEPS)
 def test_lr_is_that_of_transformers(steps: int, fraction: float, style: Any) -> None:
-    schedule = build_schedule(OptimizerConfig(lr=LR, lr_warmup_fraction=fraction, lr_decay_style=style), steps)
+    schedule = build_schedule(
+        OptimizerConfig(lr=LR, lr_warmup_fraction=fraction, lr_decay_style=style), steps
+    )
     assert schedule.warmup_steps == math.ceil(fraction * steps)
     expected = transformers_lrs(style, schedule.warmup_steps, steps)
     ours = [lr_at(step, schedule) for step in range(steps)]

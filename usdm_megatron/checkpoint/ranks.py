@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from usdm_megatron.errors import CheckpointError, UserError
+from usdm_megatron.errors import EXIT_USER_ERROR, CheckpointError, CheckpointFault, UserError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -27,54 +28,66 @@ def on_every_rank(what: str, action: Callable[[], T]) -> list[T]:
     `what` says what was being done, for the message. When it fails on any rank,
     `CheckpointError` is raised on all of them and names those ranks.
     """
-    rank, world_size = rank_and_world_size()
-    result, problems, cause = _attempt(what, action)
-    outcomes: list[Any] = [(result, problems)]
+    _, world_size = rank_and_world_size()
+    own, cause = _attempt(what, action)
+    outcomes: list[Any] = [own]
     if world_size > 1:
         outcomes = [None] * world_size
-        _distributed().all_gather_object(outcomes, (result, problems))
+        _distributed().all_gather_object(outcomes, own)
     _raise_together(outcomes, cause)
-    return [result for result, _ in outcomes]
+    return [outcome.result for outcome in outcomes]
 
 
 def on_rank_zero(what: str, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank; its failure is raised on all."""
     rank, world_size = rank_and_world_size()
-    outcome: list[Any] = [None]
+    outcomes: list[Any] = [None]
     cause: Exception | None = None
     if rank == 0:
-        result, problems, cause = _attempt(what, action)
-        outcome = [(result, problems)]
+        outcomes[0], cause = _attempt(what, action)
     if world_size > 1:
-        _distributed().broadcast_object_list(outcome, src=0)
-    _raise_together(outcome, cause)
-    return outcome[0][0]
+        _distributed().broadcast_object_list(outcomes, src=0)
+    _raise_together(outcomes, cause)
+    return outcomes[0].result
 
 
-def _attempt(what: str, action: Callable[[], T]) -> tuple[T | None, tuple[str, ...], Exception | None]:
+@dataclass(frozen=True)
+class _Outcome:
+    """What one rank brought back: a result, or problems (the user's, or of the machine or ours)."""
+
+    result: Any = None
+    problems: tuple[str, ...] = ()
+    is_users: bool = False
+
+
+def _attempt(what: str, action: Callable[[], T]) -> tuple[_Outcome, Exception | None]:
     try:
-        return action(), (), None
+        return _Outcome(action()), None
     except UserError as error:
-        return None, error.problems, error
+        return _Outcome(problems=error.problems, is_users=error.exit_code == EXIT_USER_ERROR), error
     except OSError as error:
-        return None, (f"{what}: {error}",), error
+        return _Outcome(problems=(f"{what}: {error}",)), error
     except Exception as error:  # a bug of ours, or of a library: the others must hear of it all the same
         _log.error("%s failed", what, exc_info=error)
-        return None, (f"{what}: {type(error).__name__}: {error}",), error
+        return _Outcome(problems=(f"{what}: {type(error).__name__}: {error}",)), error
 
 
-def _raise_together(outcomes: list[tuple[Any, tuple[str, ...]]], cause: Exception | None) -> None:
-    """Raise one `CheckpointError` with each different problem once, and the ranks that met it."""
+def _raise_together(outcomes: list[_Outcome], cause: Exception | None) -> None:
+    """Raise one error with each different problem once, and the ranks that met it.
+
+    `CheckpointError` when any of it is the user's to mend, `CheckpointFault` when none is.
+    """
     ranks_of: dict[str, list[int]] = {}
-    for rank, (_, problems) in enumerate(outcomes):
-        for problem in problems:
+    for rank, outcome in enumerate(outcomes):
+        for problem in outcome.problems:
             ranks_of.setdefault(problem, []).append(rank)
     if not ranks_of:
         return
     if isinstance(cause, UserError) and len(outcomes) == 1:
         raise cause  # keeps its own type
     everyone = len(outcomes)
-    raise CheckpointError(
+    kind = CheckpointError if any(outcome.is_users for outcome in outcomes) else CheckpointFault
+    raise kind(
         *(
             problem if len(ranks) == everyone else f"{problem} (on rank {_some(ranks)} of {everyone})"
             for problem, ranks in ranks_of.items()

@@ -65,14 +65,14 @@ def _verify(options: VerifyOptions, argv: Sequence[str]) -> int:
 
         print(compare_weights(options).describe())
         return EXIT_DONE
-    from usdm_megatron.runtime.ranks import RankEnvironment, ranks_from_environment
+    from usdm_megatron.runtime.ranks import RankEnvironment, ranks_from_environment, started_by_torchrun
 
-    environment = ranks_from_environment()
     ranks = options.tensor_model_parallel_size * options.pipeline_model_parallel_size
-    if environment is None and ranks > 1:
+    if ranks > 1 and not started_by_torchrun():
         from usdm_megatron.runtime.launch import launch_local_ranks
 
         return launch_local_ranks("usdm_megatron.cli", ["convert", *argv], ranks)
     from usdm_megatron.convert.verify import run_verify_logits
 
+    environment = ranks_from_environment() if ranks > 1 else None
     return run_verify_logits(options, environment or RankEnvironment())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             "--world-size is for --dry-run; a run takes its ranks from torchrun, Slurm or --nproc-per-node"
         )
-    from usdm_megatron.runtime.ranks import RankEnvironment, ranks_from_environment
+    from usdm_megatron.runtime.ranks import RankEnvironment, ranks_from_environment, started_by_torchrun
 
+    ranks_here = invocation.nproc_per_node or 1
+    if ranks_here > 1 and not started_by_torchrun():
+        return _start_ranks(config, argv, ranks_here)
     environment = ranks_from_environment()
-    if environment is None and (invocation.nproc_per_node or 1) > 1:
-        return _start_ranks(config, argv, invocation.nproc_per_node or 1)
     from usdm_megatron.train.run import run_pretrain
 
     return run_pretrain(config, environment or RankEnvironment())
@@ -81,17 +83,36 @@ def parse(argv: Sequence[str]) -> tuple[Invocation, RunConfig]:
         default=flags(invocation=early, **sections),
         console_outputs=is_main_rank(),  # every rank refuses, one of them says why
     )
-    chosen = {name: getattr(parsed, name) for name in section_types()}
+    chosen = {name: _without_overruled(name, getattr(parsed, name), tree) for name in section_types()}
     return parsed.invocation, RunConfig(recipe=recipe, **chosen)  # type: ignore[arg-type]  # checked by tyro
 
 
 def _check_rank_counts(invocation: Invocation) -> None:
     counts = {"--world-size": invocation.world_size, "--nproc-per-node": invocation.nproc_per_node}
     problems = [
-        f"{flag} is {count}; it must be at least 1" for flag, count in counts.items() if count is not None and count < 1
+        f"{flag} is {count}; it must be at least 1"
+        for flag, count in counts.items()
+        if count is not None and count < 1
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+# of these at most one is given; the command line's own beats the file's
+_EXCLUSIVE = {
+    "training": ("train_iters", "train_samples", "num_train_epochs"),
+    "optimizer": ("lr_warmup_fraction", "lr_warmup_iters"),
+}
+
+
+def _without_overruled(section: str, fields: Any, tree: dict[str, Any]) -> Any:
+    """`fields` without the file's choice in a group of which the command line chose another member."""
+    group, in_file = _EXCLUSIVE.get(section, ()), tree.get(section, {})
+    given = {name: getattr(fields, name) for name in group if getattr(fields, name) is not None}
+    of_file = {name for name, value in given.items() if in_file.get(name) == value}
+    if not of_file or of_file == given.keys():
+        return fields
+    return replace(fields, **dict.fromkeys(of_file))
 
 
 def cuda_is_usable() -> bool:
@@ -100,7 +121,8 @@ def cuda_is_usable() -> bool:
         cpu_build = metadata.version("torch").endswith("+cpu")
     except metadata.PackageNotFoundError:
         return False
-    return not cpu_build and Path("/proc/driver/nvidia/version").exists()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    return not cpu_build and not hidden and Path("/proc/driver/nvidia/version").exists()
 
 
 def _file_and_recipe(argv: Sequence[str]) -> Invocation:
@@ -121,13 +143,13 @@ def _dry_run(config: RunConfig, invocation: Invocation) -> int:
     from usdm_megatron.train.preflight import build_layout, plan_run
     from usdm_megatron.train.start import find_start
 
-    environment = ranks_from_environment()
-    ranks = (
-        invocation.world_size or invocation.nproc_per_node or (environment.world_size if environment else 1)
-    )
+    ranks = invocation.world_size or invocation.nproc_per_node
+    if ranks is None:
+        environment = ranks_from_environment()
+        ranks = environment.world_size if environment else 1
     layout = build_layout(config, ranks)
     plan = plan_run(config, layout, find_start(config))
-    if environment is None or environment.rank == 0:
+    if is_main_rank():
         valid = (
             "none"
             if plan.valid_store is None
@@ -151,13 +173,12 @@ def _dry_run(config: RunConfig, invocation: Invocation) -> int:
 
 def _start_ranks(config: RunConfig, argv: Sequence[str], ranks: int) -> int:
     from usdm_megatron.runtime.launch import launch_local_ranks
-    from usdm_megatron.train.run import read_exit_code
     from usdm_megatron.train.preflight import build_layout, plan_run
+    from usdm_megatron.train.run import read_exit_code
     from usdm_megatron.train.start import find_start
 
-    plan_run(
-        config, build_layout(config, ranks), find_start(config)
-    )  # one clear message before any rank starts
+    # one clear message before any rank starts
+    plan_run(config, build_layout(config, ranks), find_start(config))
     sys.stdout.flush()
     started_at = time.time()
     code = launch_local_ranks("usdm_megatron.cli", ["pretrain", *argv], ranks)

@@ -12,10 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
 from usdm_megatron.checkpoint.ranks import on_rank_zero
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.config import ParallelConfig
+from usdm_megatron.convert.hf_source import read_json_object
 from usdm_megatron.convert.options import VerifyOptions
 from usdm_megatron.convert.verification_row import VerificationRow, build_verification_row
 from usdm_megatron.errors import EXIT_DONE, ConfigError, ConversionError
@@ -79,10 +81,9 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
             lambda: resolve_checkpoint(options.load, options.ckpt_step, fallback=False),
         )
         facts = read_facts(resolved.path)
-        row = _shortened(
-            build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED),
-            options.sequence_length,
-        )
+        columns = min(_source_columns(options.hf_path), facts.vocabulary.size)
+        whole = build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED)
+        row = _shortened(_below(whole, columns), options.sequence_length)
         ours = _our_logits(options, facts, row, groups)
         return on_rank_zero("comparing logits", lambda: _compare(options, facts, row, ours))
 
@@ -125,7 +126,7 @@ def _our_logits(
         raise ConfigError(*problems)
     core_config = build_transformer_config(architecture, parallel, dtype=torch.float32)
     (model,) = build_model_chunks(
-        core_config, architecture, vocabulary, groups, resolve_backend(options.core_attention)
+        core_config, architecture, vocabulary, groups, resolve_backend(options.core_attention, torch.float32)
     )
     loaded = load_sharded(
         facts.directory, {"model": model.sharded_state_dict()}, strict="requested", cast=True
@@ -185,7 +186,7 @@ def _compare(
     differences, start = [], 0
     tokens = torch.tensor(row.tokens)
     for length in row.sample_lengths:
-        sample = tokens[start : start + length].clamp(max=columns - 1)
+        sample = tokens[start : start + length]
         with torch.no_grad():
             theirs = model(sample[None]).logits[0]
         mine = ours[start : start + length, :columns].to(theirs.device)
@@ -223,6 +224,16 @@ def load_reference(hf_path: Path) -> Any:
     logging.disable_progress_bar()
     model = MistralForCausalLM.from_pretrained(hf_path, use_safetensors=True)  # nosec B615 - a local directory
     return model.to(torch.float32).eval()
+
+
+def _source_columns(hf_path: Path) -> int:
+    """Rows of the source's vocabulary: without the new tokens when it is not extended."""
+    return HFArchitecture.from_hf_config(read_json_object(hf_path / "config.json")).vocab_size
+
+
+def _below(row: VerificationRow, columns: int) -> VerificationRow:
+    """Both sides see ids that both know: others would reach every later position through attention."""
+    return VerificationRow(tuple(token % columns for token in row.tokens), row.sample_lengths)
 
 
 def _shortened(row: VerificationRow, limit: int | None) -> VerificationRow:

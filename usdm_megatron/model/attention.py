@@ -30,18 +30,25 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSequence, "int | Non
 _QUERY_BLOCK = 256
 
 
-def resolve_backend(requested: CoreAttention) -> CoreAttention:
+def resolve_backend(requested: CoreAttention, dtype: torch.dtype) -> CoreAttention:
     """The backend that will run: `auto` takes the first of te, flash, torch that is there.
 
-    Raises `ConfigError` when the requested one is not installed, or needs CUDA and there is none.
+    te and flash have 16-bit kernels alone. Raises `ConfigError` when the requested one cannot run here.
     """
     cuda = torch.cuda.is_available()
     packages = {"te": "transformer_engine", "flash": "flash_attn"}
     there = [name for name, package in packages.items() if cuda and importlib.util.find_spec(package)]
+    sixteen_bit = dtype != torch.float32
     if requested == "auto":
-        return there[0] if there else "torch"  # type: ignore[return-value]
-    if requested in packages and requested not in there:
-        reason = f"{packages[requested]} is not installed" if cuda else "it needs CUDA and there is none"
+        return there[0] if there and sixteen_bit else "torch"  # type: ignore[return-value]
+    if requested in packages and (requested not in there or not sixteen_bit):
+        reason = (
+            "it needs CUDA and there is none"
+            if not cuda
+            else f"{packages[requested]} is not installed"
+            if requested not in there
+            else "it has no fp32 kernel"
+        )
         raise ConfigError(
             f"model: core_attention {requested} cannot run: {reason}; use --core-attention auto"
         )
@@ -152,31 +159,40 @@ def _band_mask(queries: int, keys: int, window: int, device: str) -> Tensor:
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, window: int | None) -> Tensor:
-    """`torch.nn.attention.varlen` (CUDA, 16 bit; fp32 goes by segments). To its documented signature; not run yet."""
+    """`torch.nn.attention.varlen` (CUDA, 16 bit; fp32 by segments). By its documentation; not run yet."""
     if q.dtype == torch.float32:
         return segment_attention(q, k, v, row, window)
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {}
-    if "window_size" in known:  # torch >= 2.11
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None:
-        options["is_causal"] = True
-    else:
-        raise ConfigError(
-            "model: this torch's varlen attention has no sliding window; install torch >= 2.11, or flash-attn "
-            "for --core-attention flash"
-        )
-    if "enable_gqa" in known:
-        options["enable_gqa"] = q.size(1) != k.size(1)
-    elif q.size(1) != k.size(1):
+    grouped = q.size(1) != k.size(1)
+    options, repeats_keys = _varlen_options(window, grouped)
+    if repeats_keys:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     output = varlen_attn(
         q, k, v, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_q, row.max_seqlen_kv, **options
     )
     assert isinstance(output, Tensor)  # a pair only when the log-sum-exp is asked for
     return output
+
+
+@lru_cache(maxsize=4)
+def _varlen_options(window: int | None, grouped: bool) -> tuple[dict[str, Any], bool]:
+    """Keyword arguments in the words of this torch, and whether keys must be repeated for grouped queries."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" in known:  # torch >= 2.11
+        options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    elif window is None:
+        options = {"is_causal": True}
+    else:
+        raise ConfigError(
+            "model: this torch's varlen attention has no sliding window; install torch >= 2.11, or "
+            "flash-attn for --core-attention flash"
+        )
+    if "enable_gqa" in known:
+        return {**options, "enable_gqa": grouped}, False
+    return options, grouped
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, window: int | None) -> Tensor:

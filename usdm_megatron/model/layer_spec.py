@@ -28,8 +28,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.size(-1),), eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+        # torch computes 16-bit input in fp32 itself; a copy of ours would be kept for the backward pass
+        return self.weight * F.rms_norm(x, (x.size(-1),), eps=self.eps)
 
 
 def build_block_spec(

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from usdm_megatron.errors import ConfigError
 from usdm_megatron.layout import ParallelLayout, RankCoordinates
 from usdm_megatron.runtime.cpu import enter_cpu_redirect
-from usdm_megatron.runtime.ranks import RankEnvironment
+from usdm_megatron.runtime.ranks import LOOPBACK, RankEnvironment
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,13 @@ def _pick_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         enter_cpu_redirect()
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    devices = torch.cuda.device_count()
+    if devices > 1 and local_rank >= devices:  # one visible device a rank is how some schedulers bind them
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this machine shows {devices}; "
+            f"start at most {devices} ranks here"
+        )
+    torch.cuda.set_device(local_rank % devices)
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -118,7 +125,8 @@ def _join_world(
     environment: RankEnvironment, device: torch.device, timeout: timedelta, store: dist.Store | None
 ) -> None:
     if store is None and environment.world_size == 1:
-        store = dist.HashStore()  # a run of one opens no port
+        store = dist.HashStore()  # a run of one meets nobody
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     if store is None:
         # env:// knows whether torchrun's agent already listens; under Slurm nobody has named the rank yet
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(environment.rank), str(environment.world_size)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from usdm_megatron.errors import ConfigError
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # name of the interface, for gloo
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Rank
     return None
 
 
+def started_by_torchrun() -> bool:
+    """Whether a torch launcher (ours too) started this process; a Slurm allocation alone does not count."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def _rank_environment(
     env: Mapping[str, str], rank: str, world_size: str, local_rank: str, source: str
 ) -> RankEnvironment:
@@ -44,8 +52,8 @@ def _rank_environment(
         raise ConfigError(f"{source}: rank {rank!r} of {world_size!r} is not a pair of integers") from error
     if not 0 <= numbers[0] < numbers[1]:
         raise ConfigError(
-            f"{source}: rank {rank} is outside 0 to {numbers[1] - 1} of {world_size} ranks; start every rank once, "
-            f"all with the same number of ranks"
+            f"{source}: rank {rank} is outside 0 to {numbers[1] - 1} of {world_size} ranks; start every rank "
+            f"once, all with the same number of ranks"
         )
     if numbers[1] == 1:
         return RankEnvironment(rank=0, world_size=1, local_rank=numbers[2])

@@ -53,7 +53,7 @@ class Loop:
         try:
             saved_step = state.step
             while state.step < self.order.steps:
-                result, fields = self._train_step(state.step, stop.requested)
+                result, fields = self._train_step(state.step, stop)
                 state = replace(
                     state, step=state.step + 1, consumed_rows=self.order.consumed_rows(state.step + 1)
                 )
@@ -79,12 +79,16 @@ class Loop:
         finally:
             gc.enable()
 
-    def _train_step(self, step: int, stop: bool) -> tuple[StepResult, dict[str, Any]]:
+    def _train_step(self, step: int, stop: StopRequest) -> tuple[StepResult, dict[str, Any]]:
         started_at = time.perf_counter()
         work = self.counter.count(self._rows_of(step))
         lr = lr_at(step, self.schedule)
         result = self.step.train(
-            self.loader.step_batches(step), self.optimizer, targets=max(1, work.targets), lr=lr, stop=stop
+            self.loader.step_batches(step),
+            self.optimizer,
+            targets=max(1, work.targets),
+            lr=lr,
+            stop=lambda: stop.requested,
         )
         if not result.finite:
             self._stop_on_non_finite(step, result)

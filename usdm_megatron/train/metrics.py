@@ -49,7 +49,14 @@ class Reporter:
     """Writes one run's reports; on ranks other than 0 it does nothing (`enabled=False`)."""
 
     def __init__(
-        self, run: Path, config: LoggingConfig, run_config: dict[str, Any], steps: int, *, enabled: bool
+        self,
+        run: Path,
+        config: LoggingConfig,
+        run_config: dict[str, Any],
+        steps: int,
+        *,
+        enabled: bool,
+        start_step: int = 0,
     ) -> None:
         self._enabled = enabled
         self._tensorboard = self._wandb = self._file = self._progress = None
@@ -60,7 +67,9 @@ class Reporter:
         self._file = self._path.open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._tensorboard = SummaryWriter(config.tensorboard_dir or str(run / "tensorboard"))
+        self._tensorboard = SummaryWriter(
+            config.tensorboard_dir or str(run / "tensorboard"), purge_step=start_step + 1
+        )
         if config.wandb_project is not None:
             import wandb
 
@@ -131,12 +140,15 @@ def _progress_bar(steps: int) -> Any:
 
 
 def forget_steps_after(run: Path, step: int) -> int:
-    """Drop the lines of steps beyond `step`, which a resumed run will write again; returns how many."""
+    """Drop the lines of steps beyond `step`, which a resumed run will write again; returns how many.
+
+    Events stay: they are what happened, not what a step computed.
+    """
     path = run / METRICS_FILE
     if not path.is_file():
         return 0
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if _survives(line, step)]
     if len(kept) < len(lines):
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -144,24 +156,20 @@ def forget_steps_after(run: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
-def _step_of(line: str) -> float:
+def _survives(line: str, step: int) -> bool:
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        return record["kind"] == "event" or record["step"] <= step
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a kill
+        return False  # a line cut short by a kill
 
 
 def train_line(step: int, steps: int, fields: dict[str, Any]) -> str:
     """The log line of a training step."""
-    kinds = " ".join(
-        f"{kind.label} {value:.4f}"
-        for kind in TargetKind
-        if (value := fields[f"loss_{kind.label}"]) is not None
-    )
     rate = f"{fields['tokens_per_s']:,.0f} tokens/s · {fields['step_time_s']:.2f} s"
     mfu = "" if fields["mfu"] is None else f" ({100 * fields['mfu']:.1f} % MFU)"
     return (
-        f"step {step}/{steps} · loss {fields['loss']:.4f} [{kinds}] · lr {fields['lr']:.3g} · "
+        f"step {step}/{steps} · loss {fields['loss']:.4f} {_by_kind(fields)} · lr {fields['lr']:.3g} · "
         f"grad norm {fields['grad_norm']:.3f} · {rate} · {fields['tflops_per_rank']:.3g} TFLOP/s a "
         f"rank{mfu} · "
         f"{fields['memory_gib']:.2f} GiB"
@@ -170,9 +178,11 @@ def train_line(step: int, steps: int, fields: dict[str, Any]) -> str:
 
 def eval_line(step: int, fields: dict[str, Any]) -> str:
     """The log line of an evaluation."""
-    kinds = " ".join(
-        f"{kind.label} {value:.4f}"
-        for kind in TargetKind
-        if (value := fields[f"loss_{kind.label}"]) is not None
+    return (
+        f"eval at step {step} · loss {fields['loss']:.4f} {_by_kind(fields)} · {fields['tokens']:,} targets"
     )
-    return f"eval at step {step} · loss {fields['loss']:.4f} [{kinds}] · {fields['tokens']:,} targets"
+
+
+def _by_kind(fields: dict[str, Any]) -> str:
+    values = ((kind.label, fields[f"loss_{kind.label}"]) for kind in TargetKind)
+    return "[" + " ".join(f"{label} {value:.4f}" for label, value in values if value is not None) + "]"

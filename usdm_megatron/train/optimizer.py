@@ -60,6 +60,7 @@ class AdamW:
         self, chunks: list[DistributedDataParallel], config: AdamConfig, groups: ProcessGroups, *, bf16: bool
     ) -> None:
         self._config = config
+        self._chunks = chunks
         overrides = {} if config.decay_norms else {_one_dimensional(): {"wd_mult": 0.0}}
         chained = get_megatron_optimizer(
             OptimizerConfig(
@@ -116,6 +117,12 @@ class AdamW:
         for group in self._sharded.param_groups:
             group["lr"] = lr
         self._sharded.step_with_ready_grads()
+
+    def finish_update(self) -> None:
+        """Wait for weights that an overlapped gather still owes this rank: before a checkpoint reads them."""
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def reload_masters(self) -> None:
         """Take the fp32 masters from the model: after loading weights without optimizer state."""

@@ -85,6 +85,8 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
             f"{architecture.max_positions} positions "
             f"(max_position_embeddings); lower --seq-length"
         )
+    if config.checkpoint.keep_best and valid_store is None:
+        problems.append("checkpoint: --keep-best compares evaluation losses; give --valid-data-path")
     if config.logging.wandb_project is not None and not importlib.util.find_spec("wandb"):
         problems.append(
             "logging: --wandb-project is given and wandb is not installed; pip install usdm-megatron[wandb]"
@@ -96,6 +98,12 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
     # what core itself refuses (recomputation, mostly): now, not when the ranks build the model
     build_transformer_config(architecture, config.parallel, dtype=weight_dtype(config.training.bf16))
     order = build_order(config, layout, train_store.rows)
+    schedule = build_schedule(config.optimizer, order.steps)
+    if config.optimizer.lr_warmup_iters is not None and schedule.warmup_steps >= schedule.decay_steps:
+        raise ConfigError(
+            f"optimizer: lr_warmup_iters {schedule.warmup_steps} leaves nothing of the "
+            f"{schedule.decay_steps} steps that the learning rate runs over; lower it, or raise --lr-decay-iters or the duration"
+        )
     _check_position(start, order, train_store)
     return RunPlan(
         config=config,
@@ -107,8 +115,8 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
         order=order,
         valid_store=valid_store,
         valid_order=None if valid_store is None else build_valid_order(config, layout, valid_store.rows),
-        schedule=build_schedule(config.optimizer, order.steps),
-        backend=resolve_backend(config.model.core_attention),
+        schedule=schedule,
+        backend=resolve_backend(config.model.core_attention, weight_dtype(config.training.bf16)),
     )
 
 

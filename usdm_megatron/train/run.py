@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import resource
 import sys
 from contextlib import ExitStack
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from usdm_megatron.train.preflight import RunPlan
 
 EXIT_FILE = "exit.json"
-_log = logging.getLogger(__name__)
 
 
 def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.Store | None = None) -> int:
@@ -41,7 +39,7 @@ def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.St
 
     layout = build_layout(config, environment.world_size)
     record = _ExitRecord(config, environment.rank)
-    # signals are caught until the record is written: a launcher that saw a rank die sends SIGTERM to the others
+    # caught until the record is written: a launcher that saw a rank die sends SIGTERM to the others
     with stop_on_signal() as stop:
         return _run_and_record(config, layout, environment, store, stop, record)
 
@@ -161,7 +159,14 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
         (run / RUN_CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 
     on_rank_zero(f"preparing {run}", prepare_directory)
-    reporter = Reporter(run, config.logging, dataclasses.asdict(config), plan.steps, enabled=is_main)
+    reporter = Reporter(
+        run,
+        config.logging,
+        dataclasses.asdict(config),
+        plan.steps,
+        enabled=is_main,
+        start_step=start.step,
+    )
     stack.callback(reporter.close)
     _announce(plan, engine.parameters, groups, reporter)
     state = start.state or TrainState(

@@ -13,6 +13,7 @@ from torch import Tensor
 from usdm_megatron.checkpoint.commit import rotate, write_best
 from usdm_megatron.checkpoint.facts import CheckpointFacts, copy_facts, megatron_common, read_facts
 from usdm_megatron.checkpoint.ranks import on_rank_zero
+from usdm_megatron.checkpoint.resolve import directory_name
 from usdm_megatron.checkpoint.store import SavedCheckpoint, load_sharded, save_checkpoint, stored_tensors
 from usdm_megatron.config import RunConfig
 from usdm_megatron.config_file import dump_config
@@ -46,6 +47,7 @@ class RunCheckpoints:
         """Save after `state.step` steps, rotate old ones; returns what was written and its seconds."""
         started_at = time.perf_counter()
         root = Path(self._config.checkpoint.save or "")
+        self._optimizer.finish_update()
         model = self._model_state()
         tensors = {
             "model": model,
@@ -63,8 +65,9 @@ class RunCheckpoints:
             replace=True,  # what an abandoned attempt left under this step is moved aside
         )
         on_rank_zero(f"rotating {root}", lambda: self._rotate(root, state))
-        # later saves copy the facts from here: where the run started may be rotated away
-        self._facts = read_facts(saved.path)
+        if self._groups.rank == 0:
+            # later saves copy the facts from here: where the run started may be rotated away
+            self._facts = read_facts(saved.path)
         return saved, time.perf_counter() - started_at
 
     def load(self, start: StartPoint) -> None:
@@ -91,9 +94,11 @@ class RunCheckpoints:
         )
         self._take_model(loaded["model"])
         self._optimizer.load_state(loaded["optimizer"], state.step)
-        if state.layout == layout_record(self._groups.layout):
-            set_random_state(loaded[_RANDOM_STATE][self._groups.rank])
-        # at another layout the ranks' states mean nothing: the run goes on from its seed
+        states = loaded[_RANDOM_STATE]
+        same_device = states.size(1) == get_random_state().numel()
+        if state.layout == layout_record(self._groups.layout) and same_device:
+            set_random_state(states[self._groups.rank])
+        # at another layout, or on another kind of device, they mean nothing: the run goes on from its seed
 
     def _model_state(self) -> dict[str, Any]:
         return {f"chunk_{index}": chunk.sharded_state_dict() for index, chunk in enumerate(self._chunks)}
@@ -116,7 +121,8 @@ class RunCheckpoints:
         state.write(directory)
 
     def _rotate(self, root: Path, state: TrainState) -> None:
-        if self._config.checkpoint.keep_best and state.best_step is not None:
+        # --load elsewhere --save here: the best so far may lie elsewhere
+        if state.best_step is not None and (root / directory_name(state.best_step)).is_dir():
             write_best(root, state.best_step)
         rotate(root, self._config.checkpoint.save_total_limit)
 

@@ -16,7 +16,8 @@ RUN_CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
 Task = Literal["pretrain"]
 
-# What may differ between the checkpoint and the run that continues it: layout, micro-batch, duration,
+# What may differ between the checkpoint and the run that continues it: layout, micro-batch, duration
+# (with warm-up and lr_decay_iters, which follow it),
 # intervals, logging, kernels. Everything else decides the numbers or the order of the rows.
 _FIXED_ON_RESUME: dict[str, tuple[str, ...]] = {
     "model": ("cross_sample_attention",),
@@ -76,7 +77,9 @@ def find_start(config: RunConfig) -> StartPoint:
     checkpoint = config.checkpoint
     check_save_directory(checkpoint)
     if checkpoint.load is not None and has_checkpoint(Path(checkpoint.load)):
-        resolved = resolve_checkpoint(Path(checkpoint.load), checkpoint.ckpt_step, fallback=True)
+        # beside --pretrained-checkpoint the step is one of its steps: a restart takes this run's newest
+        step = None if checkpoint.pretrained_checkpoint else checkpoint.ckpt_step
+        resolved = resolve_checkpoint(Path(checkpoint.load), step, fallback=True)
         if not (resolved.path / STATE_FILE).is_file():
             return StartPoint(resolved, None)  # a converted checkpoint: weights, step 0
         state = TrainState.read(resolved.path)

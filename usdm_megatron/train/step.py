@@ -8,7 +8,7 @@ by kind, gradient norm, whether to stop) is reduced in one tensor and read once,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,19 +79,25 @@ class PipelineStep:
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
 
     def train(
-        self, batches: list[PackedBatch], optimizer: AdamW, *, targets: int, lr: float, stop: bool
+        self,
+        batches: list[PackedBatch],
+        optimizer: AdamW,
+        *,
+        targets: int,
+        lr: float,
+        stop: Callable[[], bool],
     ) -> StepResult:
         """Forward, backward and, if everything is finite, the update at `lr`.
 
         `batches` are this rank's micro-batches, `targets` the number of target tokens in the global
-        batch, `stop` whether this rank was asked to stop (one rank is enough).
+        batch, `stop` says whether this rank was asked to stop (one rank is enough); it is asked last.
         """
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         totals = self._run(batches, targets=targets, forward_only=False)
         squared_norm = optimizer.collect_gradients().to(torch.float64)
-        tail = torch.stack((squared_norm, torch.full_like(squared_norm, float(stop))))
+        tail = torch.stack((squared_norm, torch.full_like(squared_norm, float(stop()))))
         *losses, squared, stops = self._sum_over_world(torch.cat((totals, tail)))
         result = StepResult(
             losses=_losses(losses),

@@ -399,10 +399,13 @@ RESUME_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("has completed 5 steps, more than the 3 asked for; raise --train-iters",),
     ),
     "a step that is not there": (
-        {"--ckpt-step": 3},
+        {"--ckpt-step": 3, WEIGHTS: None},
         ("--ckpt-step 3: ", "iter_0000003 does not exist (steps there: 2, 4, 5)"),
     ),
-    "best of a run without it": ({"--ckpt-step": "best"}, ("--ckpt-step best", "train with --keep-best")),
+    "best of a run without it": (
+        {"--ckpt-step": "best", WEIGHTS: None},
+        ("--ckpt-step best", "train with --keep-best"),
+    ),
 }
 
 
@@ -445,7 +448,7 @@ def test_chosen_step_of_a_run_that_is_damaged(world: World, refused: Refused) ->
     shutil.copytree(world.run, damaged)
     flip(next((damaged / "iter_0000005").glob("*.distcp")))
     flags = {"--load": str(damaged), "--save": str(damaged), "--lr": 1e-3}
-    message = refused({**flags, "--ckpt-step": 5})
+    message = refused({**flags, "--ckpt-step": 5, WEIGHTS: None})
     assert "iter_0000005" in message and ".distcp" in message and "(--ckpt-step 5)" in message
     assert "iter_0000004 at step 4" in refused(flags, code=0)
     for step in (2, 4):
@@ -473,13 +476,24 @@ def test_what_load_may_name(world: World, refused: Refused) -> None:
     assert f"{world.checkpoint}/release at step 0" in refused({"--load": str(world.checkpoint)}, code=0)
     flags = {"--lr": 1e-3}
     assert "iter_0000002 at step 2" in refused({**flags, "--load": "{run}/iter_0000002"}, code=0)
-    assert "iter_0000002 at step 2" in refused({**flags, "--load": "{run}", "--ckpt-step": 2}, code=0)
+    assert "iter_0000002 at step 2" in refused(
+        {**flags, "--load": "{run}", "--ckpt-step": 2, WEIGHTS: None}, code=0
+    )
     spelled = {"--load": "{empty}/../run", "--save": "{run}"}
     assert "iter_0000005 at step 5" in refused({**flags, **spelled}, code=0)
 
 
 def test_run_as_pretrained_checkpoint_gives_weights_only(refused: Refused) -> None:
     assert "iter_0000005 at step 0" in refused({WEIGHTS: "{run}", "--lr": 2e-3}, code=0)
+
+
+def test_ckpt_step_beside_pretrained_checkpoint_is_one_of_its_steps(refused: Refused) -> None:
+    """So the one command line that starts a run also restarts it, from the run's own newest checkpoint."""
+    start = {WEIGHTS: "{run}", "--ckpt-step": 2, "--lr": 1e-3}
+    assert "iter_0000002 at step 0" in refused({**start, "--load": "{nowhere}"}, code=0)
+    assert "iter_0000005 at step 5" in refused({**start, "--load": "{run}", "--save": "{run}"}, code=0)
+    message = refused({**start, "--ckpt-step": 3})
+    assert "--ckpt-step 3: " in message and "(steps there: 2, 4, 5)" in message
 
 
 def test_checkpoint_whose_vocabulary_is_not_its_models(

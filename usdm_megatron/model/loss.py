@@ -97,7 +97,8 @@ class LossRecord:
         """The record of one micro-batch: losses, which of them count, and the kind of each target."""
         kinds_K1 = torch.arange(len(TargetKind), device=kind_S.device)[:, None]
         member_KS = ((kind_S[None, :] == kinds_K1) & mask_S[None, :]).to(torch.float64)
-        return cls(sums_K=member_KS @ loss_S.detach().to(torch.float64), counts_K=member_KS.sum(dim=1))
+        counted_S = torch.where(mask_S, loss_S.detach(), 0.0).to(torch.float64)  # 0 x inf would be NaN
+        return cls(sums_K=member_KS @ counted_S, counts_K=member_KS.sum(dim=1))
 
     @classmethod
     def zero(cls, device: torch.device) -> LossRecord:

@@ -119,6 +119,8 @@ class Loop:
             return state
         losses = self.evaluate()
         fields = {**loss_fields(losses), "tokens": losses.targets, "rows": self.valid_order.store_rows}
+        if not losses.targets:
+            fields["loss"] = None  # NaN is no JSON
         self.reporter.write("eval", state.step, **fields)
         self.reporter.say(eval_line(state.step, fields))
         better = math.isfinite(losses.objective) and (

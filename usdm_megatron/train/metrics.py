@@ -178,9 +178,8 @@ def train_line(step: int, steps: int, fields: dict[str, Any]) -> str:
 
 def eval_line(step: int, fields: dict[str, Any]) -> str:
     """The log line of an evaluation."""
-    return (
-        f"eval at step {step} · loss {fields['loss']:.4f} {_by_kind(fields)} · {fields['tokens']:,} targets"
-    )
+    loss = "none" if fields["loss"] is None else f"{fields['loss']:.4f}"
+    return f"eval at step {step} · loss {loss} {_by_kind(fields)} · {fields['tokens']:,} targets"
 
 
 def _by_kind(fields: dict[str, Any]) -> str:

@@ -101,7 +101,7 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
     schedule = build_schedule(config.optimizer, order.steps)
     if config.optimizer.lr_warmup_iters is not None and schedule.warmup_steps >= schedule.decay_steps:
         raise ConfigError(
-            f"optimizer: lr_warmup_iters {schedule.warmup_steps} leaves nothing of the {schedule.decay_steps} "
+            f"optimizer: lr_warmup_iters {schedule.warmup_steps} leaves nothing of {schedule.decay_steps} "
             "steps that the learning rate runs over; lower it, or raise --lr-decay-iters or the duration"
         )
     _check_position(start, order, train_store)

@@ -38,7 +38,7 @@ def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.St
     from usdm_megatron.train.preflight import build_layout
 
     layout = build_layout(config, environment.world_size)
-    record = _ExitRecord(config, environment.rank)
+    record = _ExitRecord(config)
     # caught until the record is written: a launcher that saw a rank die sends SIGTERM to the others
     with stop_on_signal() as stop:
         return _run_and_record(config, layout, environment, store, stop, record)
@@ -84,20 +84,18 @@ def read_exit_code(config: RunConfig, since: float) -> int | None:
 class _ExitRecord:
     """`exit.json`: how the last start ended. Only a start that owns the directory touches it."""
 
-    def __init__(self, config: RunConfig, rank: int) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self._path = Path(config.checkpoint.save or "") / EXIT_FILE
-        self._rank = rank
         self._owns = False
 
     def take_over(self) -> None:
-        """This start is the directory's: what the one before it left is history."""
+        """This start is the directory's: what the one before it left is history. Rank 0 alone."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
         self._owns = True
-        if self._rank == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.unlink(missing_ok=True)
 
     def write(self, code: int, reason: str, step: int | None) -> None:
-        if self._owns and self._rank == 0:
+        if self._owns:
             self._path.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
 
 
@@ -126,7 +124,7 @@ def _train(
                     f"{start.directory} is already at the last step, {start.step}: nothing to do", flush=True
                 )
             return start.step
-        record.take_over()
+        on_rank_zero(f"making {config.checkpoint.save}", record.take_over)
         with ExitStack() as stack:
             loop, state = _assemble(plan, groups, stack)
             return loop.run(state, stop).step

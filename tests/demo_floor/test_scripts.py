@@ -141,12 +141,15 @@ def test_the_exit_code_is_the_runs_own(
     (prepared / "run/exit.json").write_text('{"code": 3}')  # an earlier start's
     os.utime(prepared / "run/exit.json", (1, 1))
     result = run(
-        "bash", str(EXAMPLE), PYTHON=str(python), **cluster_variables(prepared, EXTRA_ARGS="--shuffle")
+        "bash",
+        str(EXAMPLE),
+        PYTHON=str(python),
+        **cluster_variables(prepared, NODE_RANK="0", EXTRA_ARGS="--shuffle"),
     )
     assert result.returncode == expected, result.stderr
     dry_run, launch = (prepared / "calls").read_text().splitlines()
     assert dry_run.endswith("--dry-run --world-size 16")
-    assert "--nnodes 2 --nproc-per-node 8 --node-rank 1 --master-addr head" in launch
+    assert "--nnodes 2 --nproc-per-node 8 --node-rank 0 --master-addr head" in launch
     assert "--global-batch-size 1024" in launch and launch.endswith("--sequence-parallel --shuffle")
 
 
@@ -155,9 +158,18 @@ def test_wrong_input_ends_before_the_launch(prepared: Path) -> None:
         prepared / "python",
         f'#!/usr/bin/env bash\necho "$*" >>{prepared}/calls\necho error: wrong >&2\nexit 2\n',
     )
-    result = run("bash", str(EXAMPLE), PYTHON=str(python), **cluster_variables(prepared))
+    result = run("bash", str(EXAMPLE), PYTHON=str(python), **cluster_variables(prepared, NODE_RANK="0"))
     assert result.returncode == 2
     assert len((prepared / "calls").read_text().splitlines()) == 1
+
+
+def test_one_node_checks_for_all(prepared: Path) -> None:
+    """The check reads every byte of the checkpoint: 64 nodes must not all do so."""
+    python = executable(prepared / "python", f'#!/usr/bin/env bash\necho "$*" >>{prepared}/calls\nexit 0\n')
+    result = run("bash", str(EXAMPLE), PYTHON=str(python), **cluster_variables(prepared, NODE_RANK="1"))
+    assert result.returncode == 0, result.stderr
+    (launch,) = (prepared / "calls").read_text().splitlines()
+    assert "--node-rank 1" in launch and "--dry-run" not in launch
 
 
 def test_a_stop_signal_reaches_the_launcher(prepared: Path) -> None:

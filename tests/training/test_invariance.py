@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny
 from tests.ranks import run_ranks
-from tests.training import jobs
+from tests.training import jobs, reference
 from tests.training.jobs import Layout
 from tests.training.test_model_parity import hf_tensors
 
@@ -85,3 +85,25 @@ def test_padding_of_the_vocabulary_adds_nothing(
 ) -> None:
     """Weights of 1e4 in the padding rows would own the softmax if they were in it."""
     assert_same(gradients(layout, tiny_model, tmp_path, ROWS, pad_value=1e4), serial)
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batch"), [(Layout(), 1), (Layout(), 2), (Layout(1, 2, 2), 2)], ids=str
+)
+def test_original_objective_counts_a_masked_micro_batch_as_zero(
+    layout: Layout, micro_batch: int, tiny_model: Any, tmp_path: Path
+) -> None:
+    """`--recipe usdm`: the mean over all micro-batches of their token means, empty ones with 0."""
+    rows = [*ROWS[:3], None, None, None, *ROWS[4:6]]
+    options = {
+        "recipe": "usdm",
+        "data": {"micro_batch_size": micro_batch, "global_batch_size": len(rows)},
+    }
+    results = run_ranks(layout.ranks, jobs.gradients, layout, tiny_model.release, tmp_path, rows, options)
+    model = reference.load_model(tiny_model.hf)
+    means = []
+    for start in range(0, len(rows), micro_batch):
+        parts = [reference.row_loss(model, row, True) for row in rows[start : start + micro_batch] if row]
+        means.append(sum(p.item() for p, _ in parts) / sum(n for _, n in parts) if parts else 0.0)
+    assert 0.0 in means
+    assert results[0]["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)

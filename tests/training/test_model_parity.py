@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import tiny
 from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY, WINDOW
 from tests.training import jobs, reference
@@ -86,6 +87,22 @@ def test_gradients_equal_transformers(layout: Layout, tiny_model, tmp_path: Path
         assert (ours[name] - gradient).abs().max() <= GRADIENT_TOLERANCE * scale, name
     norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
     assert results[0]["norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(1, 2), Layout(2, 2, sp=True)], ids=str)
+def test_gradients_of_tied_embeddings(layout: Layout, tmp_path: Path) -> None:
+    """One weight at both ends of the pipeline: its gradient is the sum of both uses."""
+    hf = tiny.write_hf_model(tmp_path / "tied", tie_word_embeddings=True)
+    root = tiny.write_checkpoint(hf, tmp_path / "checkpoint")
+    results = run_ranks(
+        layout.ranks, jobs.gradients, layout, root / "release", tmp_path / "run", ROWS, OPTIONS
+    )
+    loss, expected = reference_gradients(hf, False)
+    ours = hf_tensors(tmp_path / "run" / "iter_0000001")
+    assert "lm_head.weight" not in expected and ours.keys() == expected.keys()
+    assert results[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).abs().max() <= GRADIENT_TOLERANCE * gradient.abs().max(), name
 
 
 def hf_tensors(directory: Path) -> dict[str, torch.Tensor]:

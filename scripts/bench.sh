@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh dev
+export PYTHONWARNINGS=ignore # upstream, while it is imported
 
 for window in None 128; do
     "$PYTHON" benchmarks/attention_cpu.py --window "$window"

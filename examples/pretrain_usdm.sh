@@ -105,7 +105,7 @@ cluster() {
         [ -n "${NODE_RANK:-${SLURM_NODEID:-}}" ] || problems+=("NODE_RANK is not set; it is 0 to $((nnodes - 1))")
     fi
     [ "${#problems[@]}" -eq 0 ] || die "${problems[@]}"
-    # A blend of stores ("0.7 A 0.3 B") is checked by the trainer; a restart needs no converted checkpoint.
+    # DATA with a space in it is left to the trainer to judge; a restart needs no converted checkpoint.
     if [ ! -e "$CHECKPOINT/latest_checkpointed_iteration.txt" ] &&
         [ ! -e "$OUT/latest_checkpointed_iteration.txt" ]; then
         problems+=("there is no checkpoint at CHECKPOINT=$CHECKPOINT; make it, once, with

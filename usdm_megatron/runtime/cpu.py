@@ -4,7 +4,7 @@ Core names the device "cuda" in a few dozen places (schedules, p2p, buffers,
 optimizer). `enter_cpu_redirect` answers all of them with the CPU: patched
 `torch.cuda` state functions, and a function mode for literals. Entered once per
 process, before core is used; nothing else in the product asks which device it is on.
-Cost of the mode: about 0.9 µs an operator call (`benchmarks/redirect.py`).
+Cost of the mode: about 1 µs an operator call (`benchmarks/redirect.py`).
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ RUN_CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
 Task = Literal["pretrain"]
 
-# What may differ between the checkpoint and the run that continues it: layout, micro-batch, duration
-# (with warm-up and lr_decay_iters, which follow it),
-# intervals, logging, kernels. Everything else decides the numbers or the order of the rows.
+# What may differ between the checkpoint and the run that continues it: layout, micro-batch, duration (and
+# lr_decay_iters, which belongs to it), intervals, logging, kernels. Everything else decides the numbers or
+# the order of the rows.
 _FIXED_ON_RESUME: dict[str, tuple[str, ...]] = {
     "model": ("cross_sample_attention",),
     "data": ("seq_length", "global_batch_size", "shuffle"),

@@ -43,6 +43,8 @@ setup(
         "numpy",
         "tyro",
         "pyyaml",
+        "praatio",
+        "pyarrow",
         "rich",
         "tensorboard",
         "protobuf",
@@ -50,7 +52,9 @@ setup(
     extras_require={
         "cuda12": cuda_extra(12),
         "cuda13": cuda_extra(13),
+        "ray": ["ray"],
         "wandb": ["wandb"],
+        "plot": ["matplotlib"],
         "demo": DEMO,
         "dev": [
             *DEMO,
@@ -61,6 +65,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "ruff",
+            "ray",
             "types-PyYAML",
         ],
     },

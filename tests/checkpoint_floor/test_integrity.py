@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usdm_megatron.checkpoint.integrity import file_sha256, files_below, verify_integrity, write_integrity
+from usdm_megatron.checkpoint.integrity import files_below, verify_integrity, write_integrity
+from usdm_megatron.file_reading import file_sha256
 
 CONTENTS = {
     "common.pt": b"common",

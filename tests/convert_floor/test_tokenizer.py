@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.convert_floor.conftest import edit_json
-from usdm_megatron.convert.sentencepiece_bpe import tokenizer_json_from_sentencepiece
-from usdm_megatron.convert.tokenizer import check_tokenizer, extend_tokenizer, read_vocabulary, token_ids
-from usdm_megatron.data.tokenizer_identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.demo.tokenizer import mistral_sentencepiece_model, write_mistral_tokenizer
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.tokenizer.files import check_tokenizer, extend_tokenizer, read_vocabulary, token_ids
+from usdm_megatron.tokenizer.identity import tokenizer_sha256, tokenizer_size
+from usdm_megatron.tokenizer.sentencepiece_bpe import tokenizer_json_from_sentencepiece
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "dialog_golden.json").read_text())

@@ -16,8 +16,8 @@ from usdm_megatron.cli import preprocess as preprocess_cli
 from usdm_megatron.cli.entry import run_guarded
 from usdm_megatron.data.preprocess import ROWS_WITHOUT_BOS, StoreOptions, preprocess_cache, preprocess_packed
 from usdm_megatron.data.token_store import TokenStore
-from usdm_megatron.data.tokenizer_identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.errors import ConfigError, DataError
+from usdm_megatron.tokenizer.identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.vocab import USDM_VOCABULARY, TargetKind, Vocabulary
 
 REPOSITORY = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.resolve import step_of
-from usdm_megatron.data.tokenizer_identity import tokenizer_sha256
 from usdm_megatron.errors import CheckpointError
+from usdm_megatron.tokenizer.identity import tokenizer_sha256
 from usdm_megatron.vocab import Vocabulary
 
 HF_CONFIG_FILE = "hf_config.json"

@@ -6,15 +6,15 @@ that of Megatron-LM's main branch: `{"algorithm": "sha256", "files": {name: hex}
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from usdm_megatron.file_reading import file_sha256
+
 INTEGRITY_FILE = "integrity.json"
-_BLOCK_BYTES = 1 << 20
 _THREADS = 4  # hashlib releases the interpreter lock
 
 
@@ -22,15 +22,6 @@ def files_below(directory: Path) -> list[str]:
     """Relative names of all files below `directory`, sorted, without `integrity.json`."""
     names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(name for name in names if name != INTEGRITY_FILE)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def file_hashes(directory: Path, names: Iterable[str]) -> dict[str, str]:

@@ -18,9 +18,9 @@ from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.checkpoint.store import load_full_tensors, single_process_group, stored_tensors
 from usdm_megatron.convert.name_table import ArchitectureTable, architecture_table, core_shape, to_hf
 from usdm_megatron.convert.options import ExportOptions
-from usdm_megatron.convert.tokenizer import check_tokenizer, copy_tokenizer
 from usdm_megatron.convert.weight_types import TORCH_TYPES, TypeName, transformers_name, type_of_torch
 from usdm_megatron.errors import CheckpointError, ConversionError
+from usdm_megatron.tokenizer.files import check_tokenizer, copy_tokenizer
 
 _INDEX_FILE = "model.safetensors.index.json"
 

@@ -6,7 +6,6 @@ the directory is never opened.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.convert.name_table import ArchitectureTable
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.file_reading import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -122,19 +122,6 @@ def check_tensors(source: HFSource, table: ArchitectureTable, model: HFArchitect
             )
     if problems:
         raise ConversionError(*problems)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises `ConversionError` when it does not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold a JSON object")
-    return content
 
 
 def _is_tied_copy(source: HFSource, name: str, model: HFArchitecture) -> bool:

@@ -21,7 +21,6 @@ from usdm_megatron.checkpoint.facts import megatron_common, write_facts
 from usdm_megatron.checkpoint.integrity import file_hashes
 from usdm_megatron.checkpoint.resolve import RELEASE, list_steps
 from usdm_megatron.checkpoint.store import save_checkpoint, single_process_group
-from usdm_megatron.convert import tokenizer as tokenizer_files
 from usdm_megatron.convert.hf_source import HFSource, check_tensors, locate, open_source
 from usdm_megatron.convert.name_table import (
     EXTRA_STATE_KEYS,
@@ -39,6 +38,7 @@ from usdm_megatron.convert.weight_types import (
     type_of_safetensors,
 )
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.tokenizer import files as tokenizer_files
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 

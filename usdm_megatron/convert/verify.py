@@ -17,10 +17,10 @@ from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
 from usdm_megatron.checkpoint.ranks import on_rank_zero
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.config import ParallelConfig
-from usdm_megatron.convert.hf_source import read_json_object
 from usdm_megatron.convert.options import VerifyOptions
 from usdm_megatron.convert.verification_row import VerificationRow, build_verification_row
 from usdm_megatron.errors import EXIT_DONE, ConfigError, ConversionError
+from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.layout import ParallelLayout
 from usdm_megatron.runtime.ranks import RankEnvironment
 

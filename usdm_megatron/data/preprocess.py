@@ -12,8 +12,8 @@ import numpy as np
 from usdm_megatron.data.sources import PackedTextSource, RowSource, SourceHasher, open_cache
 from usdm_megatron.data.token_store import StoreSummary
 from usdm_megatron.data.token_store_writer import TokenStoreWriter
-from usdm_megatron.data.tokenizer_identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.errors import ConfigError, DataError
+from usdm_megatron.tokenizer.identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 ROWS_WITHOUT_BOS = "rows_without_leading_bos"

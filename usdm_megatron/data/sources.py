@@ -8,7 +8,6 @@ Nothing is unpickled and no foreign code is run (`datasets.load_from_disk` reads
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import threading
@@ -21,6 +20,7 @@ import numpy as np
 
 from usdm_megatron.data.token_store import SourceFile
 from usdm_megatron.errors import DataError
+from usdm_megatron.file_reading import file_sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -251,15 +251,6 @@ def _arrow_block(chunk: pyarrow.Array, name: str, first_row: int) -> RowBlock:
     return RowBlock(values.to_numpy(), row_lengths, place)
 
 
-def sha256_of_file(path: Path, stopped: threading.Event | None = None) -> str:
-    """The sha256 of a file, in hex; gives up (with a partial hash) once `stopped` is set."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while not (stopped and stopped.is_set()) and (data := file.read(1 << 20)):
-            digest.update(data)
-    return digest.hexdigest()
-
-
 class SourceHasher:
     """Hashes source files in a thread while their rows are read: hashing is as slow as all the rest."""
 
@@ -289,6 +280,6 @@ class SourceHasher:
         try:
             for name, path in self._files:
                 size = path.stat().st_size
-                self._found.append(SourceFile(name, size, sha256_of_file(path, self._stopped)))
+                self._found.append(SourceFile(name, size, file_sha256(path, self._stopped)))
         except OSError as error:
             self._error = error

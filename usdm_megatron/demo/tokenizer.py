@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from usdm_megatron.convert.sentencepiece_bpe import tokenizer_json_from_sentencepiece
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.tokenizer.sentencepiece_bpe import tokenizer_json_from_sentencepiece
 
 
 def mistral_sentencepiece_model() -> Path:

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from usdm_megatron.convert.hf_source import read_json_object
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.vocab import CONTINUE_TOKEN, PAD_TOKEN, Vocabulary, unit_token
 
 TOKENIZER_FILES = (
@@ -188,7 +188,7 @@ def _fast_content(directory: Path) -> dict[str, Any]:
     if (directory / "tokenizer.json").is_file():
         return read_json_object(directory / "tokenizer.json")
     if (directory / "tokenizer.model").is_file():
-        from usdm_megatron.convert.sentencepiece_bpe import tokenizer_json_from_sentencepiece
+        from usdm_megatron.tokenizer.sentencepiece_bpe import tokenizer_json_from_sentencepiece
 
         return tokenizer_json_from_sentencepiece(directory / "tokenizer.model")
     raise ConversionError(f"{directory} holds neither tokenizer.json nor tokenizer.model")

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from usdm_megatron.data.sources import sha256_of_file
 from usdm_megatron.errors import DataError
+from usdm_megatron.file_reading import file_sha256
 
 
 def tokenizer_sha256(directory: Path) -> str:
     """The hash that identifies a tokenizer: of `tokenizer.json`, else of `tokenizer.model`."""
-    return sha256_of_file(_tokenizer_file(directory))
+    return file_sha256(_tokenizer_file(directory))
 
 
 def tokenizer_size(directory: Path) -> int:

@@ -1,0 +1,62 @@
+"""Samples before they are packed, and what makes them.
+
+A `SampleSource` divides its input into parts that can be made anywhere, in any order, by any number of
+workers: each is a pure function of the input, and carries the samples and the rejected utterances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An utterance, dialog or line that gave no sample."""
+
+    where: str  # utterance id, or file and line
+    reason: str  # one of few words, by which rejections are counted: `fewer_than_3_words`
+    detail: str = ""  # what was found, for the report
+
+
+@dataclass(frozen=True)
+class SampleBlock:
+    """Consecutive samples, laid end to end: T tokens, n samples.
+
+    `groups` says which samples may share a packed row: an utterance occurs at most once in a group
+    (its epoch). `utterances` says what a validation split keeps together.
+    """
+
+    tokens: np.ndarray  # int32 [T]
+    lengths: np.ndarray  # int64 [n], each at least 1, summing to T
+    utterances: np.ndarray  # uint64 [n], `utterance_hash` of the id
+    groups: np.ndarray  # int32 [n], the epoch, counted from 0
+    loss_mask: np.ndarray | None = None  # uint8 [T], 1 where the token is a target; None: all are
+    rejections: tuple[Rejection, ...] = ()
+    notices: dict[str, int] = field(default_factory=dict)  # counted oddities that were accepted
+
+
+class SampleSource(Protocol):
+    """Where samples come from. Pickled to workers: hold paths and options, open files in `make`."""
+
+    def files(self) -> list[tuple[str, Path]]:
+        """Every input file as (name relative to the input, path), for the store's record of its sources."""
+        ...
+
+    def parts(self) -> Sequence[Any]:
+        """The parts, picklable, in order; they depend on the input and the options alone."""
+        ...
+
+    def make(self, part: Any) -> SampleBlock:
+        """The samples of one part, in order. Bad input that is no single utterance's is a `DataError`."""
+        ...
+
+
+def utterance_hash(utterance_id: str) -> int:
+    """A number for an utterance id that is the same on every machine (blake2b, 64 bits)."""
+    return int.from_bytes(hashlib.blake2b(utterance_id.encode(), digest_size=8).digest(), "little")

@@ -8,6 +8,7 @@ pad token, in this order (naver-ai/usdm, `docs/from-usdm.md`):
     text_size + 1            <|correspond|>
     text_size + 2 + i        <|unit{i}|>, i in 0 .. unit_count-1
     text_size + 2 + units    <pad>
+    behind it                extra tokens of the user's, if any: no id of USDM's ever moves
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ class Vocabulary:
     unit_count: int = 10_000
     bos_id: int = 1
     eos_id: int = 2
+    extra_tokens: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.extra_tokens:
+            return
+        if not self.has_speech:
+            raise ValueError("extra tokens follow the speech units; there are none")
+        if "" in self.extra_tokens or len(set(self.added_tokens())) < len(self.added_tokens()):
+            raise ValueError(f"extra tokens {list(self.extra_tokens)}: one is empty or there already")
 
     @property
     def has_speech(self) -> bool:
@@ -80,7 +90,7 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Number of ids, as in the Hugging Face config (Mistral + USDM: 42,003)."""
-        return self.text_size + (3 + self.unit_count if self.has_speech else 0)
+        return self.text_size + (3 + self.unit_count + len(self.extra_tokens) if self.has_speech else 0)
 
     @property
     def padded_size(self) -> int:
@@ -92,10 +102,10 @@ class Vocabulary:
         if not self.has_speech:
             return []
         units = [unit_token(i) for i in range(self.unit_count)]
-        return [CONTINUE_TOKEN, CORRESPOND_TOKEN, *units, PAD_TOKEN]
+        return [CONTINUE_TOKEN, CORRESPOND_TOKEN, *units, PAD_TOKEN, *self.extra_tokens]
 
     def kind_of_id(self) -> np.ndarray:
-        """`TargetKind` of every id, uint8 `[size]`; `<pad>` and `<unk>` count as text."""
+        """`TargetKind` of every id, uint8 `[size]`; `<pad>`, `<unk>` and extra tokens count as text."""
         kinds = np.full(self.size, TargetKind.TEXT, dtype=np.uint8)
         kinds[self.bos_id] = TargetKind.BOS
         kinds[self.eos_id] = TargetKind.EOS
@@ -105,12 +115,17 @@ class Vocabulary:
             kinds[self.first_unit_id : self.first_unit_id + self.unit_count] = TargetKind.UNIT
         return kinds
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `extra_tokens` only where there are any."""
+        record = asdict(self)
+        extra = record.pop("extra_tokens")
+        return {**record, "extra_tokens": list(extra)} if extra else record
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Vocabulary:
-        return cls(**{name: int(record[name]) for name in cls.__dataclass_fields__})
+        """Inverse of `to_dict`; raises `KeyError`, `TypeError` or `ValueError` on anything else."""
+        sizes = {name: int(record[name]) for name in ("text_size", "unit_count", "bos_id", "eos_id")}
+        return cls(**sizes, extra_tokens=tuple(str(token) for token in record.get("extra_tokens", ())))
 
     def _speech_id(self, offset: int) -> int:
         if not self.has_speech:

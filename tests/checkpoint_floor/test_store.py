@@ -12,11 +12,11 @@ import torch
 
 from tests.checkpoint_floor.stock_model import MODEL, PADDED, build_stock_model, open_groups, weights
 from tests.ranks import run_ranks
+from usdm_megatron.checkpoint.common_file import read_common
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.checkpoint.store import (
     load_full_tensors,
     load_sharded,
-    read_common,
     save_checkpoint,
     single_process_group,
     stored_tensors,
@@ -51,19 +51,19 @@ def load_on_rank(
 
 def fail_on_rank(environment: RankEnvironment, store: Any, root: str, failing: str) -> dict[str, str]:
     """Each way of failing on one rank, one after the other; returns what each rank was told."""
-    import torch.distributed.checkpoint as dcp
+    from usdm_megatron.checkpoint.distcp_writer import DistcpWriter
 
     told = {}
     with open_groups(environment, store, 2, 1) as groups:
         model = build_stock_model(groups)
         state = {"model": model.sharded_state_dict()}
-        write_data = dcp.FileSystemWriter.write_data
+        write_data = DistcpWriter.write_data
         for what in failing.split():
             extra = _write_run_config
             if what == "extra_files":
                 extra = _disk_full
             elif what == "shards" and environment.rank == 1:
-                dcp.FileSystemWriter.write_data = _disk_full
+                DistcpWriter.write_data = _disk_full
             elif what == "state" and environment.rank == 1:
                 state = {"model": {}}
             try:
@@ -71,7 +71,7 @@ def fail_on_rank(environment: RankEnvironment, store: Any, root: str, failing: s
                 told[what] = "nothing"
             except CheckpointError as error:
                 told[what] = str(error)
-            dcp.FileSystemWriter.write_data = write_data
+            DistcpWriter.write_data = write_data
             state = {"model": model.sharded_state_dict()}
     return told
 

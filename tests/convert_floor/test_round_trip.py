@@ -22,7 +22,8 @@ from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.facts import read_facts
 from usdm_megatron.checkpoint.integrity import files_below
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
-from usdm_megatron.checkpoint.store import load_full_tensors, load_sharded, read_common, single_process_group
+from usdm_megatron.checkpoint.common_file import read_common
+from usdm_megatron.checkpoint.store import load_full_tensors, load_sharded, single_process_group
 from usdm_megatron.convert.export_hf import exported_config, plan_shards, run_export
 from usdm_megatron.convert.import_hf import run_import
 from usdm_megatron.convert.name_table import architecture_table

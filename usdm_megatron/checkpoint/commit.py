@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from usdm_megatron.checkpoint.integrity import file_hashes, files_below, write_integrity
@@ -34,22 +34,28 @@ _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 def commit_checkpoint(
-    root: Path, name: CheckpointName, write: Callable[[Path], None], *, replace: bool = False
+    root: Path,
+    name: CheckpointName,
+    write: Callable[[Path], Mapping[str, str] | None],
+    *,
+    replace: bool = False,
 ) -> Path:
     """Have every rank `write` into a fresh directory and give it its final name; returns that.
 
-    Collective over all ranks. `write(directory)` is called on each rank with the same
-    directory. An existing checkpoint is never written into: it is refused, or with `replace`
-    moved away in the moment the new one is whole. Raises `CheckpointError` on all ranks when
-    any stage fails on any of them; nothing unfinished ever has the final name.
+    Collective over all ranks. `write(directory)` is called on each rank with the same directory;
+    it may return the sha256 by name of files that it has hashed and synced itself. An existing
+    checkpoint is never written into: it is refused, or with `replace` moved away in the moment the
+    new one is whole. Raises `CheckpointError` on all ranks when any stage fails on any of them;
+    nothing unfinished ever has the final name.
     """
     final = root / directory_name(name)
     temporary = on_rank_zero(f"creating {final}", lambda: _make_temporary(final, replace))
     try:
         # a stage of its own: `write` has collectives inside, which a rank that stops early would upset
         on_every_rank(f"writing {final}", lambda: _check_shared(temporary))
-        on_every_rank(f"writing {final}", lambda: write(temporary))
-        hashes = on_every_rank(f"syncing {final}", lambda: _sync_own_files(temporary))
+        own_hashes: dict[str, str] = {}
+        on_every_rank(f"writing {final}", lambda: own_hashes.update(write(temporary) or {}))
+        hashes = on_every_rank(f"syncing {final}", lambda: _sync_own_files(temporary, own_hashes))
         merged = {file: digest for of_rank in hashes for file, digest in of_rank.items()}
         on_rank_zero(f"committing {final}", lambda: _publish(root, name, temporary, merged))
     except BaseException:
@@ -183,13 +189,16 @@ def _check_shared(temporary: Path) -> None:
         )
 
 
-def _sync_own_files(temporary: Path) -> dict[str, str]:
-    """fsync and hash what this rank wrote: its `__{rank}_*.distcp`; rank 0 also everything else."""
+def _sync_own_files(temporary: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """fsync and hash what this rank wrote: its `__{rank}_*.distcp`; rank 0 also everything else.
+
+    Files with a `known` hash were synced when they were written.
+    """
     rank, _ = rank_and_world_size()
-    own = [name for name in files_below(temporary) if _writer_of(name) == rank]
-    for name in own:
+    rest = [name for name in files_below(temporary) if _writer_of(name) == rank and name not in known]
+    for name in rest:
         _sync_file(temporary / name)
-    return file_hashes(temporary, own)
+    return {**known, **file_hashes(temporary, rest)}
 
 
 def _writer_of(name: str) -> int:

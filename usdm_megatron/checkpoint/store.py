@@ -2,8 +2,8 @@
 
     common.pt            what is not sharded (rank 0); torch.load(weights_only=True) reads it
     metadata.json        core's four keys, by which it recognises the format
-    .metadata            which tensor, or part of one, lies where
-    __{rank}_{n}.distcp  the tensors
+    .metadata            which tensor, or part of one, lies where (`tensor_reader.py`)
+    __{rank}_{n}.distcp  the tensors (`distcp_writer.py`)
 
 Core's stock save strategy fails or crawls on CPU (it forks writers, pins memory and asks for
 the CUDA device: `strategies/filesystem_async.py:230`), so writing is `torch.distributed.checkpoint.save`
@@ -13,7 +13,6 @@ hand in only directories that `resolve_checkpoint` has verified.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,21 +20,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from usdm_megatron.checkpoint.commit import commit_checkpoint
+from usdm_megatron.checkpoint.common_file import (
+    BACKEND,
+    BACKEND_VERSION,
+    namespace_allowed,
+    write_common,
+    write_format,
+)
+from usdm_megatron.checkpoint.distcp_writer import DistcpWriter, torch_failures
 from usdm_megatron.checkpoint.integrity import files_below
-from usdm_megatron.checkpoint.ranks import on_every_rank, on_rank_zero, rank_and_world_size
+from usdm_megatron.checkpoint.ranks import on_every_rank, on_rank_zero
 from usdm_megatron.checkpoint.resolve import CheckpointName
+from usdm_megatron.checkpoint.tensor_reader import StoredTensor, TensorReader
 from usdm_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 ShardedStateDict = dict[str, Any]  # core's: nested, with ShardedTensor / ShardedObject leaves
-COMMON_FILE = "common.pt"
-_METADATA_FILE = ".metadata"
 # Transformer Engine's fp8 scales; empty objects everywhere else. Which modules have one depends on
 # the layer spec, so a checkpoint written on CPU lacks some that a TE model asks for, and vice versa.
 _EXTRA_STATE = "_extra_state"
-_BACKEND, _BACKEND_VERSION = "torch_dist", 1
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,6 @@ class SavedCheckpoint:
 
     path: Path
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Shape and type of one tensor of a checkpoint; layers are stacked along the first axis."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def save_checkpoint(
@@ -99,7 +96,8 @@ def load_sharded(
     """
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
-    stored, objects = on_every_rank_local(f"reading {directory}", lambda: _stored(directory))
+    reader = on_every_rank_local(f"reading {directory}", lambda: TensorReader(directory))
+    stored, objects = reader.tensors, reader.objects
     sharded_state_dict = _without_absent_extra_state(sharded_state_dict, objects)
     # Applying the factories splits tensors (gate and up), so compare what core will ask for.
     requested = _sharded_leaves(load_preprocess(sharded_state_dict)[0])
@@ -119,47 +117,14 @@ def load_sharded(
 def load_full_tensors(
     directory: Path, keys: Iterable[str], layer: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors by their key, in the type that they were stored in, on CPU.
-
-    With `layer`, that layer of tensors that are stacked over layers. Needs a process group of
-    one rank (`single_process_group`).
-    """
-    import torch
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    stored = stored_tensors(directory)
-    keys = list(keys)
-    if missing := [key for key in keys if key not in stored]:
-        raise CheckpointError(*(f"{directory} does not hold {key}" for key in missing))
-    request: ShardedStateDict = {}
-    for key in keys:
-        # The layer axis is kept in the local shape: with `prepend_axis_num` core wants the whole grid
-        # of layers on its ranks (`strategies/torch.py:239`).
-        layers, *rest = stored[key].shape
-        shape = (layers, *rest) if layer is None else (1, *rest)
-        offsets = () if layer is None else ((0, layer, layers),)
-        request[key] = ShardedTensor.from_rank_offsets(
-            key, torch.empty(shape, dtype=stored[key].dtype, device="cpu"), *offsets
-        )
-    loaded = load_sharded(directory, request, strict="requested")
-    return {key: loaded[key] if layer is None else loaded[key][0] for key in keys}
+    """Whole tensors by their key, or one layer of them (`TensorReader.read`); all in memory at once."""
+    reader = TensorReader(directory)
+    return {key: reader.read(key, layer) for key in keys}
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Shape and type of every tensor in a checkpoint, by key; reads no tensor data."""
-    return _stored(directory)[0]
-
-
-def read_common(directory: Path) -> dict[str, Any]:
-    """The contents of `common.pt`: plain values, tensors and `argparse.Namespace`, nothing else."""
-    import torch
-
-    path = directory / COMMON_FILE
-    try:
-        with _namespace_allowed():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types on bytes that are no checkpoint
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    return TensorReader(directory).tensors
 
 
 @contextmanager
@@ -191,7 +156,7 @@ def _load(directory: Path, sharded_state_dict: ShardedStateDict) -> dict[str, An
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-    with _torch_failures(), _namespace_allowed():
+    with torch_failures(), namespace_allowed():
         return dist_checkpointing.load(
             sharded_state_dict,
             str(directory),
@@ -200,43 +165,14 @@ def _load(directory: Path, sharded_state_dict: ShardedStateDict) -> dict[str, An
         )
 
 
-@contextmanager
-def _namespace_allowed() -> Iterator[None]:
-    """Let `torch.load(weights_only=True)` make the one class that Megatron-LM keeps in `common.pt`.
-
-    megatron.core allows it for good when it is imported; torch's context manager would take that back.
-    """
-    import torch
-
-    if argparse.Namespace in torch.serialization.get_safe_globals():
-        yield
-        return
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        yield
-
-
-@contextmanager
-def _torch_failures() -> Iterator[None]:
-    """torch raises a `BaseException` on all ranks when one fails; make it an error that names the rank."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        yield
-    except CheckpointException as error:
-        raise CheckpointError(
-            *(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
-        ) from error
-
-
 def _write_torch_dist(
     directory: Path, state: dict[str, Any], extra_files: Callable[[Path], None] | None
-) -> None:
-    """`dist_checkpointing.save`, stage by stage.
+) -> dict[str, str]:
+    """`dist_checkpointing.save`, stage by stage; returns the sha256 of the files that this rank wrote.
 
     Core's own function lets rank 0 alone raise (validation, `common.pt`), and leaves the others
     waiting in the next collective.
     """
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
     from megatron.core.dist_checkpointing.validation import (
@@ -249,24 +185,22 @@ def _write_torch_dist(
     )
     _, global_metadata = determine_global_metadata(sharded)
     on_rank_zero("checking the shards", lambda: validate_sharding_integrity(global_metadata))
-    on_rank_zero(f"writing {directory}", lambda: _write_common(directory, common, extra_files))
-    FullyParallelSaveStrategyWrapper(_strategy()).save(sharded, directory)
-    if rank_and_world_size()[0] == 0:
-        save_config(CheckpointingConfig(_BACKEND, _BACKEND_VERSION), str(directory))
+    on_rank_zero(f"writing {directory}", lambda: _write_small_files(directory, common, extra_files))
+    writer = DistcpWriter(directory)
+    FullyParallelSaveStrategyWrapper(_strategy(writer)).save(sharded, directory)
+    return writer.hashes
 
 
-def _write_common(
+def _write_small_files(
     directory: Path, common: dict[str, Any], extra_files: Callable[[Path], None] | None
 ) -> None:
-    import torch
-
-    torch.save(common, directory / COMMON_FILE)
-    read_common(directory)  # what nobody could load again is refused now
+    write_common(directory, common)
+    write_format(directory)
     if extra_files is not None:
         extra_files(directory)
 
 
-def _strategy() -> Any:
+def _strategy(writer: DistcpWriter) -> Any:
     """A core save strategy over `torch.distributed.checkpoint.save`: same layout, no child processes."""
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
@@ -275,12 +209,6 @@ def _strategy() -> Any:
         _replace_state_dict_keys_with_sharded_keys,
         mcore_to_pyt_state_dict,
     )
-    from torch.distributed.checkpoint.metadata import StorageMeta
-
-    class ReproducibleWriter(dcp.FileSystemWriter):
-        def storage_meta(self) -> StorageMeta:
-            # torch's has a random save_id and the temporary path: two equal saves would differ
-            return StorageMeta()
 
     class TorchDistSave(SaveShardedStrategy):
         can_handle_sharded_objects = True
@@ -289,14 +217,14 @@ def _strategy() -> Any:
             by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
                 sharded_state_dict, keep_only_main_replica=True
             )
-            with _torch_failures():
+            with torch_failures():
                 dcp.save(
                     mcore_to_pyt_state_dict(by_key),
-                    storage_writer=ReproducibleWriter(checkpoint_dir),
+                    storage_writer=writer,
                     planner=MCoreSavePlanner(flatten_state_dict=False),
                 )
 
-    return TorchDistSave(_BACKEND, _BACKEND_VERSION)
+    return TorchDistSave(BACKEND, BACKEND_VERSION)
 
 
 def _check_fit(
@@ -323,25 +251,6 @@ def _check_fit(
     if problems:
         raise CheckpointError(*problems)
     return {leaf.key for leaf in requested}
-
-
-def _stored(directory: Path) -> tuple[dict[str, StoredTensor], set[str]]:
-    """Tensors by key, and the unique keys of objects, that `.metadata` lists."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    if not (directory / _METADATA_FILE).is_file():
-        raise CheckpointError(f"{directory} is no torch_dist checkpoint: {_METADATA_FILE} is missing")
-    try:
-        entries = FileSystemReader(directory).read_metadata().state_dict_metadata
-    except Exception as error:  # unpickling damaged bytes raises almost anything
-        raise CheckpointError(f"{directory / _METADATA_FILE} cannot be read: {error}") from error
-    tensors = {
-        key: StoredTensor(tuple(entry.size), entry.properties.dtype)
-        for key, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    return tensors, {key for key in entries if key not in tensors}
 
 
 def _without_absent_extra_state(sharded_state_dict: ShardedStateDict, objects: set[str]) -> ShardedStateDict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def read_vocabulary(directory: Path, vocab_size: int, bos_id: int, eos_id: int) 
     while ids.get(unit_token(unit_count)) == text_size + 2 + unit_count:
         unit_count += 1
     vocabulary = Vocabulary(text_size=text_size, unit_count=unit_count, bos_id=bos_id, eos_id=eos_id)
+    if vocabulary.has_speech and ids.get(PAD_TOKEN) == vocabulary.pad_id:
+        behind_pad = sorted((i, token) for token, i in ids.items() if i > vocabulary.pad_id)
+        vocabulary = replace(vocabulary, extra_tokens=tuple(token for _, token in behind_pad))
     problems = (
         [] if vocabulary.has_speech else [f"{directory}: partially extended: there is no {unit_token(0)}"]
     )

@@ -11,7 +11,7 @@
 #       The cluster run with the original's hyperparameters; the same command on every node, and again
 #       to resume. All paths are on a shared file system.
 #         CHECKPOINT  made by tools/convert_hf_checkpoint.py import
-#         DATA        prefix of a token store, made by tools/preprocess_data.py cache
+#         DATA        prefix of a token store, made by tools/preprocess_data.py cache, or a blend: "0.7 A 0.3 B"
 #         VALID_DATA  the same for evaluation (optional)
 #         OUT         the run: checkpoints, metrics.jsonl, tensorboard/, exit.json
 #         TP=2 PP=2   tensor and pipeline parallel sizes        RECIPE=usdm  or corrected
@@ -105,7 +105,10 @@ cluster() {
         [ -n "${NODE_RANK:-${SLURM_NODEID:-}}" ] || problems+=("NODE_RANK is not set; it is 0 to $((nnodes - 1))")
     fi
     [ "${#problems[@]}" -eq 0 ] || die "${problems[@]}"
-    # DATA with a space in it is left to the trainer to judge; a restart needs no converted checkpoint.
+    # A blend is words; a prefix with a space in it is one. Both are left to the trainer to judge.
+    local data=("$DATA")
+    [ -e "$DATA.idx" ] || read -r -a data <<<"$DATA"
+    # A restart needs no converted checkpoint.
     if [ ! -e "$CHECKPOINT/latest_checkpointed_iteration.txt" ] &&
         [ ! -e "$OUT/latest_checkpointed_iteration.txt" ]; then
         problems+=("there is no checkpoint at CHECKPOINT=$CHECKPOINT; make it, once, with
@@ -131,7 +134,7 @@ cluster() {
         pretrain --recipe "${RECIPE:-usdm}"
         --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp"
         --overlap-grad-reduce --overlap-param-gather
-        --train-data-path "$DATA" ${VALID_DATA:+--valid-data-path "$VALID_DATA"}
+        --train-data-path "${data[@]}" ${VALID_DATA:+--valid-data-path "$VALID_DATA"}
         --seq-length 8192 --global-batch-size 1024 --micro-batch-size 1 --num-train-epochs 1
         --lr 2e-5 --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.01
         --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --bf16 --seed 42

@@ -54,23 +54,23 @@ def write_hf_model(directory: Path, seed: int = 0, **changes: Any) -> Path:
 def write_checkpoint(hf_directory: Path, root: Path, vocabulary: Vocabulary = VOCABULARY) -> Path:
     """Convert with a vocabulary of our choice (small ones keep tests fast); returns `root`."""
     from usdm_megatron.checkpoint.facts import megatron_common, write_facts
-    from usdm_megatron.checkpoint.store import save_checkpoint, single_process_group
+    from usdm_megatron.checkpoint.streamed import save_streamed
     from usdm_megatron.convert.hf_source import open_source
-    from usdm_megatron.convert.import_hf import plan_import, sharded_model
+    from usdm_megatron.convert.import_plan import empty_objects, plan_import, streamed_tensors
     from usdm_megatron.convert.options import ImportOptions
 
     options = ImportOptions(hf_path=str(hf_directory), save=root)
     plan = dataclasses.replace(plan_import(open_source(hf_directory), options), vocabulary=vocabulary)
-    with single_process_group():
-        save_checkpoint(
-            root,
-            "release",
-            {"model": sharded_model(plan)},
-            megatron_common(plan.hf_config, vocabulary, 0, plan.weight_type),
-            lambda directory: write_facts(
-                directory, hf_config=plan.hf_config, vocabulary=vocabulary, provenance={}, tokenizer_dir=None
-            ),
-        )
+    save_streamed(
+        root,
+        "release",
+        list(streamed_tensors(plan)),
+        empty_objects(plan),
+        megatron_common(plan.hf_config, vocabulary, 0, plan.weight_type),
+        lambda directory: write_facts(
+            directory, hf_config=plan.hf_config, vocabulary=vocabulary, provenance={}, tokenizer_dir=None
+        ),
+    )
     return root
 
 

@@ -1,12 +1,13 @@
 """The architecture that a Hugging Face config describes, in plain numbers (pure: no torch).
 
-Reads what transformers 4.x writes (`rope_theta`, `torch_dtype`, `rope_scaling`) and what
-5.x writes (`rope_parameters`, `dtype`). A field that is absent means what it means to
-transformers' `MistralConfig`; the sizes themselves must be there.
+Reads what transformers 4.x writes (`rope_theta`, `rope_scaling`) and what 5.x writes
+(`rope_parameters`). A field that is absent means what it means to the family's class in
+transformers; the sizes themselves must be there.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,12 +21,70 @@ _REQUIRED_SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# `transformers.MistralConfig`, the same in 4.40 and in 5.23
+# the same for every family here, in transformers 4.40 and in 5.23
 _DEFAULT_ROPE_THETA = 10_000.0
 _DEFAULT_RMS_EPS = 1e-6
-_DEFAULT_SLIDING_WINDOW = 4_096
-_DEFAULT_MAX_POSITIONS = 131_072
 _DEFAULT_INITIALIZER_RANGE = 0.02
+
+_MOST_LAYERS = (
+    10_000  # names are listed for every layer: a number out of a broken file must not fill the memory
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A class of transformers that computes what our model computes, and what its config leaves unsaid."""
+
+    transformers_class: str
+    model_type: str
+    other_names: tuple[str, ...] = ()  # `architectures` that are this class under another name
+    kv_heads: int | None = None  # when absent; None: as many as query heads
+    max_positions: int  # when absent
+    sliding_window: int | None = None  # when absent; None: the class knows no window
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.transformers_class, *self.other_names)
+
+
+MISTRAL = Family(
+    transformers_class="MistralForCausalLM",
+    model_type="mistral",
+    other_names=("CustomMistralForCausalLM",),  # what naver-ai/USTM and USDM-DailyTalk call themselves
+    kv_heads=8,
+    max_positions=131_072,
+    sliding_window=4_096,
+)
+LLAMA = Family(transformers_class="LlamaForCausalLM", model_type="llama", max_positions=2_048)
+FAMILIES = (MISTRAL, LLAMA)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family by `architectures`, else by `model_type`; a config with neither is read as Mistral's.
+
+    Raises `ConversionError` when they name no family, or two.
+    """
+    names, model_type = config.get("architectures"), config.get("model_type")
+    by_type = next((family for family in FAMILIES if family.model_type == model_type), None)
+    if names is None:
+        if by_type is None and model_type is not None:
+            known = ", ".join(family.model_type for family in FAMILIES)
+            raise ConversionError(
+                f"config.json: model_type = {model_type!r} is not supported; supported are {known}"
+            )
+        return by_type or MISTRAL
+    known_names = {name: family for family in FAMILIES for name in family.names}
+    listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    found = next((known_names[name] for name in listed if name in known_names), None)
+    if found is None:
+        raise ConversionError(
+            f"config.json: architectures = {names!r} is not supported; supported are {', '.join(known_names)}"
+        )
+    if by_type not in (None, found):
+        raise ConversionError(
+            f"config.json: architectures = {names!r} and model_type = {model_type!r} contradict each other"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -66,6 +125,10 @@ class HFArchitecture:
             )
         if not problems and self.head_dim % 2:
             problems.append(f"config.json: head_dim = {self.head_dim} must be even (RoPE turns pairs)")
+        if not problems and self.layers > _MOST_LAYERS:
+            problems.append(
+                f"config.json: num_hidden_layers = {self.layers} must be at most {_MOST_LAYERS:,}"
+            )
         if problems:
             raise ConversionError(*problems)
 
@@ -83,10 +146,12 @@ class HFArchitecture:
     def from_hf_config(cls, config: Mapping[str, Any]) -> HFArchitecture:
         """Read `config.json` as a dict.
 
-        Raises `ConversionError` with every missing size, unsupported activation or RoPE type.
+        Raises `ConversionError` with every missing size, and every field that asks for something
+        that our model does not compute.
         """
+        family = family_of(config)
         problems = [f"config.json: {name} is missing" for name in _REQUIRED_SIZES if config.get(name) is None]
-        problems += _unsupported(config)
+        problems += _unsupported(config, family)
         if problems:
             raise ConversionError(*problems)
         heads = config["num_attention_heads"]
@@ -102,7 +167,7 @@ class HFArchitecture:
                     f"num_attention_heads = {heads}, and there is no head_dim"
                 )
             head_dim = config["hidden_size"] // heads
-        kv_heads = config.get("num_key_value_heads", 8)  # MistralConfig: 8 when absent, heads when null
+        kv_heads = config.get("num_key_value_heads", family.kv_heads)  # null: as many as query heads
         return cls(
             hidden=config["hidden_size"],
             layers=config["num_hidden_layers"],
@@ -111,8 +176,8 @@ class HFArchitecture:
             head_dim=head_dim,
             ffn=config["intermediate_size"],
             vocab_size=config["vocab_size"],
-            max_positions=config.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS),
-            sliding_window=config.get("sliding_window", _DEFAULT_SLIDING_WINDOW),
+            max_positions=config.get("max_position_embeddings", family.max_positions),
+            sliding_window=config.get("sliding_window", family.sliding_window),
             rms_eps=config.get("rms_norm_eps", _DEFAULT_RMS_EPS),
             rope_theta=float(_rope_theta(config)),
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -155,7 +220,7 @@ def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     ]
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
+def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
     """A sentence for everything that the model would silently compute differently."""
     problems = []
     activation = config.get("hidden_act", "silu")
@@ -166,6 +231,33 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"config.json: {name} = true is not supported; only models without biases are")
     if config.get("quantization_config"):
         problems.append("config.json: quantized weights are not supported; convert the unquantized model")
+    return problems + _unsupported_windows(config, family) + _unsupported_rope(config)
+
+
+def _unsupported_windows(config: Mapping[str, Any], family: Family) -> list[str]:
+    """One window, or none, for every layer."""
+    window = config.get("sliding_window", family.sliding_window)
+    if window is not None and family.sliding_window is None:
+        return [
+            f"config.json: sliding_window = {window!r} is nothing that {family.transformers_class} of "
+            "transformers computes, and other programs do; set it to null"
+        ]
+    kind = "full_attention" if window is None else "sliding_attention"
+    listed = config.get("layer_types") or []
+    if not isinstance(listed, list) or any(other != kind for other in listed):
+        found = sorted({str(other) for other in listed}) if isinstance(listed, list) else listed
+        return [
+            f"config.json: layer_types with {found!r} is not supported; with sliding_window = {window!r} "
+            f"every layer must be {kind!r}"
+        ]
+    return []
+
+
+def _unsupported_rope(config: Mapping[str, Any]) -> list[str]:
+    """Plain RoPE over the whole head, one for every layer."""
+    problems = []
+    if config.get("partial_rotary_factor") not in (1, None):
+        problems.append(f"config.json: partial_rotary_factor = {config['partial_rotary_factor']!r} must be 1")
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name)
         if rope is None:
@@ -173,17 +265,27 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         if not isinstance(rope, Mapping):
             problems.append(f"config.json: {name} = {rope!r} must be an object or null")
             continue
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            problems.append(
+                f"config.json: {name} differs by layer type ({', '.join(rope)}); one must do for all"
+            )
+            continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             problems.append(f"config.json: {name} of type {kind!r} is not supported; only 'default' is")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            problems.append(f"config.json: {name}.partial_rotary_factor must be 1")
+        if rope.get("partial_rotary_factor") not in (1, None):
+            part = rope["partial_rotary_factor"]
+            problems.append(f"config.json: {name}.partial_rotary_factor = {part!r} must be 1")
     return problems
 
 
 def _rope_theta(config: Mapping[str, Any]) -> Any:
-    """5.x keeps theta inside `rope_parameters`, 4.x beside it; both may be absent."""
-    inside = (config.get("rope_parameters") or {}).get("rope_theta")
+    """5.x keeps theta inside `rope_parameters`, 4.x beside it; both may be absent.
+
+    `rope_scaling`, where it says anything, goes before `rope_parameters` (transformers 5.23,
+    `modeling_rope_utils.py:777`).
+    """
+    inside = (config.get("rope_scaling") or config.get("rope_parameters") or {}).get("rope_theta")
     theta = config.get("rope_theta") if inside is None else inside
     if theta is None:
         return _DEFAULT_ROPE_THETA
@@ -193,7 +295,12 @@ def _rope_theta(config: Mapping[str, Any]) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Of either type that JSON gives, and a finite float."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # False for NaN; an int may be larger than any float
+    )
 
 
 def _is_positive_integer(value: Any) -> bool:

@@ -143,8 +143,7 @@ def _fits(value: Any, annotation: Any) -> tuple[bool, Any]:
     if origin is typing.Literal:
         return value in typing.get_args(annotation), value
     if origin is tuple:
-        ok = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        return ok, tuple(value) if ok else value
+        return _as_strings(value)
     if annotation is float:
         return _as_float(value)
     if annotation is int:
@@ -163,15 +162,25 @@ def _as_float(value: Any) -> tuple[bool, Any]:
     return isinstance(value, (int, float)), float(value) if isinstance(value, (int, float)) else value
 
 
-def _readable(annotation: Any) -> str:
-    return " or ".join(
-        "null"
-        if part is type(None)
-        else ", ".join(map(str, typing.get_args(part)))
-        if typing.get_origin(part) is typing.Literal
-        else getattr(part, "__name__", str(part))
-        for part in _alternatives(annotation)
+def _as_strings(value: Any) -> tuple[bool, Any]:
+    """A list of strings; one string alone is a list of one, and the weights of a blend may be numbers."""
+    items = [value] if isinstance(value, str) else value
+    ok = isinstance(items, (list, tuple)) and all(
+        isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in items
     )
+    return ok, tuple(map(str, items)) if ok else value
+
+
+def _readable(annotation: Any) -> str:
+    return " or ".join(map(_readable_part, _alternatives(annotation)))
+
+
+def _readable_part(part: Any) -> str:
+    if part is type(None):
+        return "null"
+    if typing.get_origin(part) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(part)))
+    return "list" if typing.get_origin(part) is tuple else getattr(part, "__name__", str(part))
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from usdm_megatron.config import (
     ParallelConfig,
     RunConfig,
     TrainingConfig,
+    WeightedStore,
 )
 from usdm_megatron.config_file import (
     dump_config,
@@ -50,6 +52,10 @@ SHARE = st.floats(0, 1, exclude_max=True)
 POSITIVE = st.floats(0, 1e300)
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip)
 
+BLENDS = st.dictionaries(
+    st.from_regex("[A-Za-z]{1,8}", fullmatch=True), st.floats(1e-300, 1e300), min_size=1, max_size=4
+).map(lambda stores: tuple(word for prefix, weight in stores.items() for word in (str(weight), prefix)))
+
 
 def sections() -> dict[str, st.SearchStrategy[Any]]:
     """A strategy for every section; fields not named here take what their type allows."""
@@ -64,7 +70,10 @@ def sections() -> dict[str, st.SearchStrategy[Any]]:
             "overlap_grad_reduce": st.just(True),
             "distributed_timeout_minutes": st.floats(1e-3, 1e6),
         },
-        DataConfig: {"seq_length": st.integers(1, 2000).map(lambda n: 8 * n)},
+        DataConfig: {
+            "train_data_path": st.none() | st.tuples(TEXT) | BLENDS,
+            "seq_length": st.integers(1, 2000).map(lambda n: 8 * n),
+        },
         OptimizerConfig: {
             "lr": st.floats(1e-3, 1e300),
             "min_lr": st.floats(0, 1e-3),
@@ -246,7 +255,49 @@ SPELLINGS = [
 def test_kebab_and_snake_spelling(arguments: list[str]) -> None:
     _, config = parse(arguments)
     assert config.parallel.tensor_model_parallel_size == 2
-    assert config.data.train_data_path == "a"
+    assert config.data.train_data_path == ("a",)
+
+
+BLEND = (WeightedStore("a", Fraction(7, 10)), WeightedStore("b", Fraction(3, 10)))
+
+
+@pytest.mark.parametrize("flag", ["--train-data-path", "--data-path", "--train_data_path"])
+def test_a_blend_on_the_command_line(flag: str) -> None:
+    data = parse([flag, "0.7", "a", "0.3", "b", "--seq-length", "64"])[1].data
+    assert (data.train_data_path, data.train_stores, data.seq_length) == (("0.7", "a", "0.3", "b"), BLEND, 64)
+
+
+@pytest.mark.parametrize("value", ["[0.7, a, 0.3, b]", "['0.7', a, '0.3', b]", "[7.0e-1, a, .3, b]"])
+def test_a_blend_in_a_file(value: str, tmp_path: Path) -> None:
+    """YAML reads weights as numbers; the shortest decimal that gives the same number is what was written."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{train_data_path: {value}}}\n")
+    config = load_config(path)
+    assert config.data.train_stores == BLEND
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("value", ["my data/a", "['my data/a']"])
+def test_one_store_in_a_file(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{train_data_path: {value}}}\n")
+    data = load_config(path).data
+    assert data.train_data_path == ("my data/a",)
+    assert data.train_stores == (WeightedStore("my data/a", Fraction(1)),)
+
+
+def test_no_store_is_no_store() -> None:
+    assert DataConfig().train_data_path is None
+    assert DataConfig().train_stores == ()
+
+
+@pytest.mark.parametrize("value", ["3", "[true, a]", "{a: 0.7}", "[[0.7, a]]"])
+def test_other_types_are_no_blend(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{train_data_path: {value}}}\n")
+    with pytest.raises(ConfigError, match="data.train_data_path: is .*; expected list or null"):
+        read_config_file(path)
 
 
 def test_values_of_two_types() -> None:
@@ -286,8 +337,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (changed("parallel", distributed_timeout_minutes=math.inf), "is inf; it must be a finite number"),
     (changed("data", seq_length=0), "data: seq_length is 0"),
     (
-        changed("data", train_data_path=""),
+        changed("data", train_data_path=("",)),
         "data: train_data_path is empty; give a value or drop --train-data-path",
+    ),
+    (changed("data", train_data_path=()), "data: train_data_path is empty; give a value or drop"),
+    (changed("data", train_data_path=("0.7", "A", "0.3", " ")), "data: train_data_path is empty"),
+    (
+        changed("data", train_data_path=("0.7", "A", "B")),
+        "data: train_data_path has 3 words; a blend is pairs of weight and prefix, as in 0.7 A 0.3 B",
+    ),
+    *(
+        (
+            changed("data", train_data_path=("1", "A", weight, "B")),
+            f"data: train_data_path: the weight of B is {weight!r}; it must be a positive number",
+        )
+        for weight in ("0", "-0.3", "nan", "inf", "1e999", "C", "1/3", "0x10")
+    ),
+    (
+        changed("data", train_data_path=("1", "dir/A", "2", "B", "3", "dir//./A")),
+        "data: train_data_path names dir/A 2 times; name it once, with the sum of its weights",
+    ),
+    (
+        changed("data", train_data_path=("0.7 A 0.3 B",)),
+        "data: train_data_path '0.7 A 0.3 B' is one word; give a blend as separate words, in YAML as a list",
     ),
     (changed("optimizer", weight_decay=-1e-5), "optimizer: weight_decay is -1e-05; it must not be negative"),
     (changed("optimizer", lr=math.nan), "optimizer: lr is nan; it must be a finite number"),

@@ -64,11 +64,11 @@ def test_other_architectures_are_refused_with_the_list(
     small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = small_model()
-    edit_json(source / "config.json", architectures=["LlamaForCausalLM"])
+    edit_json(source / "config.json", architectures=["GPT2LMHeadModel"])
     refuse(
         source,
         tmp_path / "ck",
-        "LlamaForCausalLM.*supported are MistralForCausalLM, CustomMistralForCausalLM",
+        "GPT2LMHeadModel.*supported are MistralForCausalLM, CustomMistralForCausalLM, LlamaForCausalLM",
     )
 
 

@@ -56,8 +56,8 @@ def test_import_export_verify(
     assert run_guarded(main, ["export", "--load", checkpoint, "--hf_path", target]) == 0  # snake case too
     assert run_guarded(main, ["verify", "--hf-path", target, "--load", checkpoint, "--mode", "weights"]) == 0
     out = capsys.readouterr().out
-    assert f"{checkpoint}/release: 3 layers, 77 ids, fp32" in out
-    assert f"{target}: from {checkpoint}/release, fp32, 1 file of weights" in out
+    assert f"{checkpoint}/release: 30 tensors mapped, 3 layers, 77 ids, fp32" in out
+    assert f"{target}: from {checkpoint}/release, 30 tensors in 1 file, fp32" in out
     assert "30 tensors, every value equal" in out
     assert run_guarded(main, ["import", "--hf-path", source, "--save", checkpoint]) == 2
     assert "--overwrite" in capsys.readouterr().err

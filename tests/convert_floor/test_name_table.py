@@ -10,6 +10,7 @@ import torch
 
 from tests.checkpoint_floor.stock_model import MODEL, PADDED, build_stock_model, open_groups
 from tests.ranks import run_ranks
+from usdm_megatron.architecture import FAMILIES, Family
 from usdm_megatron.convert.name_table import (
     ARCHITECTURES,
     EXTRA_STATE_KEYS,
@@ -60,11 +61,13 @@ def test_keys_and_shapes_are_those_of_cores_own_model(tied: bool) -> None:
         assert (layer is None) is not entry.per_layer
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 @pytest.mark.parametrize("tied", [False, True])
-def test_names_and_shapes_are_those_of_transformers(tied: bool) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+def test_names_and_shapes_are_those_of_transformers(tied: bool, family: Family) -> None:
+    import transformers
 
-    config = MistralConfig(
+    config = transformers.AutoConfig.for_model(
+        family.model_type,
         vocab_size=MODEL.vocab_size,
         hidden_size=MODEL.hidden,
         intermediate_size=MODEL.ffn,
@@ -75,8 +78,10 @@ def test_names_and_shapes_are_those_of_transformers(tied: bool) -> None:
         tie_word_embeddings=tied,
     )
     with torch.device("meta"):
-        theirs = {name: tuple(p.shape) for name, p in MistralForCausalLM(config).named_parameters()}
-    assert TABLE.hf_shapes(replace(MODEL, tied=tied)) == theirs
+        model = getattr(transformers, family.transformers_class)(config)
+    table = ARCHITECTURES[family.transformers_class]
+    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert table.hf_shapes(replace(MODEL, tied=tied)) == theirs
 
 
 def test_qkv_rows_by_sentinels() -> None:
@@ -126,9 +131,12 @@ def test_to_hf_is_the_inverse_for_anything_of_the_weights_shape(entry: Any) -> N
 
 def test_architectures_are_table_entries() -> None:
     assert architecture_table({"architectures": ["CustomMistralForCausalLM"]}) is TABLE
-    for names in (["LlamaForCausalLM"], None, "MistralForCausalLM", [{}], []):
+    llama = architecture_table({"architectures": ["LlamaForCausalLM"]})
+    assert (llama.export_as, llama.model_type) == ("LlamaForCausalLM", "llama")
+    for names in (["Qwen2ForCausalLM"], None, "MistralForCausalLM", [{}], []):
         with pytest.raises(
-            ConversionError, match="supported are MistralForCausalLM, CustomMistralForCausalLM"
+            ConversionError,
+            match="supported are MistralForCausalLM, CustomMistralForCausalLM, LlamaForCausalLM",
         ):
             architecture_table({"architectures": names})
     with pytest.raises(KeyError, match="no weight in the table"):

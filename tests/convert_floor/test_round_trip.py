@@ -19,15 +19,16 @@ from tests.checkpoint_floor.stock_model import build_stock_model, open_groups
 from tests.convert_floor.conftest import edit_json, write_hf_model
 from tests.ranks import run_ranks
 from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.checkpoint.common_file import read_common
 from usdm_megatron.checkpoint.facts import read_facts
 from usdm_megatron.checkpoint.integrity import files_below
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
-from usdm_megatron.checkpoint.common_file import read_common
 from usdm_megatron.checkpoint.store import load_full_tensors, load_sharded, single_process_group
-from usdm_megatron.convert.export_hf import exported_config, plan_shards, run_export
+from usdm_megatron.convert.export_hf import exported_config, run_export
 from usdm_megatron.convert.import_hf import run_import
 from usdm_megatron.convert.name_table import architecture_table
 from usdm_megatron.convert.options import ExportOptions, ImportOptions, VerifyOptions
+from usdm_megatron.convert.safetensors_writer import plan_shards
 from usdm_megatron.convert.verify_weights import compare_weights
 from usdm_megatron.errors import ConversionError
 from usdm_megatron.runtime.ranks import RankEnvironment
@@ -139,6 +140,7 @@ def test_a_model_that_has_the_tokens_is_taken_as_it_is(exported: Path, tmp_path:
     published = tmp_path / "published"
     shutil.copytree(exported, published)
     edit_json(published / "config.json", architectures=["CustomMistralForCausalLM"])
+    (published / "integrity.json").unlink()  # the edit was meant
     summary = run_import(
         ImportOptions(hf_path=str(published), save=tmp_path / "ck", extend_vocab="usdm", seed=99)
     )
@@ -277,9 +279,12 @@ def test_types_can_be_changed_either_way(
 
 
 def test_shards_are_planned_in_order_and_bounded() -> None:
-    sizes = {"a": 5, "b": 5, "c": 1, "d": 20, "e": 1}
-    assert plan_shards(sizes, 10) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert plan_shards(sizes, 100) == [["a", "b", "c", "d", "e"]]
+    shapes = {"a": (5, 1), "b": (5,), "c": (1,), "d": (4, 5), "e": (1,)}  # 2 bytes a value
+    shards = plan_shards(shapes, "bf16", 20)
+    assert [list(shard.shapes) for shard in shards] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert shards[1].file == "model-00002-of-00004.safetensors"
+    (only,) = plan_shards(shapes, "bf16", 200)
+    assert list(only.shapes) == ["a", "b", "c", "d", "e"] and only.file == "model.safetensors"
 
 
 def test_the_index_lists_every_tensor(small_model: Callable[..., Path], tmp_path: Path) -> None:

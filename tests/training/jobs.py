@@ -94,7 +94,7 @@ def train(environment: Any, store: Any, config: RunConfig) -> dict[str, Any]:
 
     def recorded(loader: Any, step: int) -> Any:
         batches = original(loader, step)
-        if loader._store.prefix == config.data.train_data_path:
+        if loader._store.prefix != config.data.valid_data_path:
             ledger[step] = [row for batch in batches for row in batch.row_ids]
         return batches
 

@@ -63,7 +63,7 @@ def world(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
     flip(next((shutil.copytree(tiny_model.root, directory / "damaged") / "release").glob("*.distcp")))
     config = jobs.run_config(
         Layout(),
-        data={"train_data_path": str(directory / "rows")},
+        data={"train_data_path": (str(directory / "rows"),)},
         checkpoint={
             "save": str(directory / "run"),
             "pretrained_checkpoint": str(tiny_model.root),
@@ -511,7 +511,7 @@ def test_weights_of_another_model_are_refused_by_their_shapes(
     """`hf_config.json` of one model beside the tensors of another: found when the tensors are read."""
     config = jobs.run_config(
         Layout(2),
-        data={"train_data_path": world["rows"]},
+        data={"train_data_path": (world["rows"],)},
         checkpoint={"save": str(tmp_path / "run"), "pretrained_checkpoint": world["six_heads"]},
     )
     with pytest.raises(AssertionError, match="CheckpointError") as failure:

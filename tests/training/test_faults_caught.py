@@ -86,7 +86,7 @@ def train_corrected(layout: Layout, tiny_model: Any, directory: Path, **data: st
     config = jobs.run_config(
         layout,
         data={
-            "train_data_path": str(tiny.write_store(directory / "train", ROWS)),
+            "train_data_path": (str(tiny.write_store(directory / "train", ROWS)),),
             "seq_length": SEQ_LENGTH,
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": 2,

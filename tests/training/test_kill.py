@@ -29,7 +29,7 @@ def test_kill_of_a_rank(tiny_model: Any, tmp_path: Path) -> None:
     def config(run: Path) -> Any:
         return jobs.run_config(
             LAYOUT,
-            data={"train_data_path": str(store)},
+            data={"train_data_path": (str(store),)},
             checkpoint={
                 "load": str(run),
                 "save": str(run),

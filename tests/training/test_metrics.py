@@ -114,7 +114,7 @@ def run_config(
 ) -> Any:
     config = jobs.run_config(
         layout,
-        data={"train_data_path": str(directory / "train"), "valid_data_path": str(directory / "valid")},
+        data={"train_data_path": (str(directory / "train"),), "valid_data_path": str(directory / "valid")},
         training={"eval_interval": 2, **sections.pop("training", {})},
         checkpoint={
             "save": str(run),

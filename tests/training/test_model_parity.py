@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY, WINDOW
 from tests.training import jobs, reference
 from tests.training.jobs import Layout
-from usdm_megatron.convert.export_hf import open_weights
+from usdm_megatron.convert.checkpoint_weights import open_weights
 
 LOGITS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4  # max |Δ| / max |g| per tensor

@@ -90,7 +90,7 @@ def test_training_equals_plain_pytorch(
         layout,
         recipe="usdm",
         data={
-            "train_data_path": f"{store}_train",
+            "train_data_path": (f"{store}_train",),
             "seq_length": SEQ_LENGTH,
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": micro_batch,

@@ -32,7 +32,7 @@ def config(layout: Layout, stores: Path, tiny_model: Any, run: Path, **sections:
     return jobs.run_config(
         layout,
         data={
-            "train_data_path": str(stores / "train"),
+            "train_data_path": (str(stores / "train"),),
             "valid_data_path": str(stores / "valid"),
             **sections.pop("data", {}),
         },

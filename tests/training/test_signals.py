@@ -70,7 +70,7 @@ def config(
 ) -> Any:
     return jobs.run_config(
         layout,
-        data={"train_data_path": str(rows)},
+        data={"train_data_path": (str(rows),)},
         checkpoint={
             "load": str(run),
             "save": str(run),

@@ -2,6 +2,7 @@
 
 hf_config.json    the Hugging Face config as exported: `vocab_size` is the true vocabulary
 vocabulary.json   `Vocabulary.to_dict()`
+generation_config.json   the source's, where it had one
 tokenizer/        all tokenizer files (absent when the source had none)
 provenance.json   where the weights came from; no times, so equal conversions are equal bytes
 run_config.yaml   the resolved configuration; only a training run has it
@@ -26,6 +27,7 @@ from usdm_megatron.vocab import Vocabulary
 HF_CONFIG_FILE = "hf_config.json"
 VOCABULARY_FILE = "vocabulary.json"
 PROVENANCE_FILE = "provenance.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 RUN_CONFIG_FILE = "run_config.yaml"
 TOKENIZER_DIRECTORY = "tokenizer"
 
@@ -40,6 +42,7 @@ class CheckpointFacts:
     hf_config: dict[str, Any]
     vocabulary: Vocabulary
     provenance: dict[str, Any]
+    generation_config: dict[str, Any] | None
     tokenizer_dir: Path | None
     tokenizer_sha256: str | None
 
@@ -67,6 +70,7 @@ def read_facts(directory: Path | str) -> CheckpointFacts:
         )
     tokenizer_dir = directory / TOKENIZER_DIRECTORY
     has_tokenizer = tokenizer_dir.is_dir()
+    generation = directory / GENERATION_CONFIG_FILE
     is_run = (directory / RUN_CONFIG_FILE).is_file()
     return CheckpointFacts(
         directory=directory,
@@ -75,6 +79,7 @@ def read_facts(directory: Path | str) -> CheckpointFacts:
         hf_config=hf_config,
         vocabulary=vocabulary,
         provenance=_read_json(directory / PROVENANCE_FILE),
+        generation_config=_read_json(generation) if generation.is_file() else None,
         tokenizer_dir=tokenizer_dir if has_tokenizer else None,
         tokenizer_sha256=tokenizer_sha256(tokenizer_dir) if has_tokenizer else None,
     )
@@ -87,11 +92,14 @@ def write_facts(
     vocabulary: Vocabulary,
     provenance: Mapping[str, Any],
     tokenizer_dir: Path | None,
+    generation_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the facts into a checkpoint directory that is being made (`extra_files` of `save_checkpoint`)."""
     write_json(directory / HF_CONFIG_FILE, dict(hf_config))
     write_json(directory / VOCABULARY_FILE, vocabulary.to_dict())
     write_json(directory / PROVENANCE_FILE, dict(provenance))
+    if generation_config is not None:
+        write_json(directory / GENERATION_CONFIG_FILE, dict(generation_config))
     if tokenizer_dir is not None:
         shutil.copytree(tokenizer_dir, directory / TOKENIZER_DIRECTORY, copy_function=shutil.copyfile)
 
@@ -104,6 +112,7 @@ def copy_facts(facts: CheckpointFacts, directory: Path) -> None:
         vocabulary=facts.vocabulary,
         provenance=facts.provenance,
         tokenizer_dir=facts.tokenizer_dir,
+        generation_config=facts.generation_config,
     )
 
 

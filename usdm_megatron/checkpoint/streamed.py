@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.planner import (
 
 from usdm_megatron.checkpoint.commit import commit_checkpoint
 from usdm_megatron.checkpoint.common_file import write_common, write_format
-from usdm_megatron.checkpoint.distcp_writer import DistcpWriter, torch_failures
+from usdm_megatron.checkpoint.distcp_writer import DistcpWriter
 from usdm_megatron.checkpoint.resolve import CheckpointName
 
 
@@ -74,19 +73,28 @@ def save_streamed(
     """Write one checkpoint by the commit protocol, in `workers` files and threads; returns its directory.
 
     `extra_files(directory)` is called when the tensors are written. The bytes depend on the tensors
-    and `workers` alone. Raises `CheckpointError`; an exception of a `make` is passed on in it.
+    and `workers` alone. Raises `CheckpointError`, and the `UserError` of a `make` as it is.
     """
 
     def write(directory: Path) -> dict[str, str]:
         write_common(directory, dict(common))
         write_format(directory)
         writer = DistcpWriter(directory, workers=workers, on_bytes=on_bytes)
-        with torch_failures():
-            dcp.save({}, storage_writer=writer, planner=_StreamPlanner(tensors, objects), no_dist=True)
+        _write_tensors(writer, _StreamPlanner(tensors, objects))
         extra_files(directory)
         return writer.hashes
 
     return commit_checkpoint(root, name, write, replace=replace)
+
+
+def _write_tensors(writer: DistcpWriter, planner: SavePlanner) -> None:
+    """`dcp.save` on one process, without its collectives, which would wrap what a `make` raises."""
+    writer.set_up_storage_writer(is_coordinator=True)
+    local = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([local])
+    (plan,) = writer.prepare_global_plan(plans)
+    written = writer.write_data(planner.finish_plan(plan), planner).wait()
+    writer.finish(metadata, [written])
 
 
 class _StreamPlanner(SavePlanner):

@@ -36,27 +36,40 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def _import(options: ImportOptions) -> int:
-    from usdm_megatron.convert.import_hf import run_import
+    from usdm_megatron.convert.import_hf import dry_run, run_import
 
+    if options.dry_run:
+        print(dry_run(options))
+        return EXIT_DONE
     summary = run_import(options)
+    _print_removed(summary.removed)
     rows = f", {summary.new_rows:,} new" if summary.new_rows else ""
     print(
-        f"{summary.path}: {summary.model.layers} layers, {summary.vocabulary.size:,} ids{rows}, "
-        f"{summary.weight_type}, {summary.size_bytes / 1e9:.2f} GB"
+        f"{summary.path}: {summary.source_tensors} tensors mapped, {summary.model.layers} layers, "
+        f"{summary.vocabulary.size:,} ids{rows}, {summary.weight_type}, {summary.size_bytes / 1e9:.2f} GB"
     )
     return EXIT_DONE
 
 
 def _export(options: ExportOptions) -> int:
-    from usdm_megatron.convert.export_hf import run_export
+    from usdm_megatron.convert.export_hf import dry_run, run_export
 
+    if options.dry_run:
+        print(dry_run(options))
+        return EXIT_DONE
     summary = run_export(options)
+    _print_removed(summary.removed)
     files = "1 file" if len(summary.files) == 1 else f"{len(summary.files)} files"
     print(
-        f"{summary.path}: from {summary.checkpoint}, {summary.weight_type}, {files} of weights, "
-        f"{summary.size_bytes / 1e9:.2f} GB"
+        f"{summary.path}: from {summary.checkpoint}, {summary.tensors} tensors in {files}, "
+        f"{summary.weight_type}, {summary.size_bytes / 1e9:.2f} GB"
     )
     return EXIT_DONE
+
+
+def _print_removed(names: Sequence[str]) -> None:
+    for name in names:
+        print(f"removed {name}, which an interrupted conversion had left")
 
 
 def _verify(options: VerifyOptions, argv: Sequence[str]) -> int:

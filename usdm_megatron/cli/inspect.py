@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from usdm_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from usdm_megatron.data.blend import TrainRows
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def _store(argv: Sequence[str]) -> int | None:
 
 def _step(argv: Sequence[str]) -> None:
     from usdm_megatron.config_file import load_config
+    from usdm_megatron.data.blend import shares_of
     from usdm_megatron.data.order import rows_by_dp_rank
     from usdm_megatron.train.preflight import build_layout, build_order, open_stores
 
@@ -66,8 +71,20 @@ def _step(argv: Sequence[str]) -> None:
     order = build_order(config, build_layout(config, ranks), store.rows)
     if not 1 <= flags.step <= order.steps:
         raise ConfigError(f"inspect step: {flags.step} is not one of this run's steps, 1 to {order.steps}")
+    for number, share in enumerate(shares_of(store), start=1):
+        print(f"store {number}: {share}")
     for rank, rows in rows_by_dp_rank(order, flags.step - 1).items():
-        print(f"dp rank {rank}: {' '.join(map(str, rows)) or '(no rows)'}")
+        print(f"dp rank {rank}: {' '.join(_row_name(store, row) for row in rows) or '(no rows)'}")
+
+
+def _row_name(source: TrainRows, row_id: int) -> str:
+    """The row's number; in a blend `number=store:row`, stores counted from 1."""
+    from usdm_megatron.data.blend import Blend
+
+    if not isinstance(source, Blend):
+        return str(row_id)
+    place = source.place(row_id)
+    return f"{row_id}={place.store + 1}:{place.row}"
 
 
 def _checkpoint(argv: Sequence[str]) -> None:

@@ -139,6 +139,7 @@ def _file_and_recipe(argv: Sequence[str]) -> Invocation:
 
 
 def _dry_run(config: RunConfig, invocation: Invocation) -> int:
+    from usdm_megatron.data.blend import shares_of
     from usdm_megatron.runtime.ranks import ranks_from_environment
     from usdm_megatron.train.preflight import build_layout, plan_run
     from usdm_megatron.train.start import find_start
@@ -163,7 +164,8 @@ def _dry_run(config: RunConfig, invocation: Invocation) -> int:
             f"  steps       {plan.steps}, each {config.data.global_batch_size} rows in "
             f"{plan.micro_batches} micro-batches a rank\n"
             f"  train data  {plan.train_store.prefix} ({plan.train_store.rows:,} rows)\n"
-            f"  valid data  {valid}\n"
+            + "".join(f"              {share}\n" for share in shares_of(plan.train_store))
+            + f"  valid data  {valid}\n"
             f"  warm-up     {plan.schedule.warmup_steps} steps, then {plan.schedule.style} to "
             f"{plan.schedule.min_lr}\n"
             f"  attention   {plan.backend}"

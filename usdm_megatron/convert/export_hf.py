@@ -1,28 +1,39 @@
-"""torch_dist checkpoint, of any layout → Hugging Face directory, without building a model."""
+"""torch_dist checkpoint, of any layout → Hugging Face directory: one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.commit import publish_directory, sync_tree, temporary_path
-from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
+from usdm_megatron.checkpoint.facts import GENERATION_CONFIG_FILE, CheckpointFacts
+from usdm_megatron.checkpoint.integrity import write_integrity
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
-from usdm_megatron.checkpoint.store import load_full_tensors, single_process_group, stored_tensors
-from usdm_megatron.convert.name_table import ArchitectureTable, architecture_table, core_shape, to_hf
+from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, open_weights
+from usdm_megatron.convert.destination import claimed, is_claimed, require_space
+from usdm_megatron.convert.finite import non_finite_count
+from usdm_megatron.convert.mapping import describe_export
+from usdm_megatron.convert.model_card import model_card
+from usdm_megatron.convert.name_table import ArchitectureTable
 from usdm_megatron.convert.options import ExportOptions
-from usdm_megatron.convert.weight_types import TORCH_TYPES, TypeName, transformers_name, type_of_torch
-from usdm_megatron.errors import CheckpointError, ConversionError
+from usdm_megatron.convert.progress import byte_progress
+from usdm_megatron.convert.safetensors_writer import (
+    INDEX_FILE,
+    ShardPlan,
+    index_of,
+    plan_shards,
+    write_shard,
+)
+from usdm_megatron.convert.weight_types import TORCH_TYPES, TypeName, transformers_name
+from usdm_megatron.errors import ConversionError
 from usdm_megatron.tokenizer.files import check_tokenizer, copy_tokenizer
-
-_INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -32,105 +43,70 @@ class ExportSummary:
     path: Path
     checkpoint: Path
     files: tuple[str, ...]
+    tensors: int
     weight_type: TypeName
     size_bytes: int
+    removed: tuple[str, ...]  # what an interrupted run had left
 
 
 @dataclass(frozen=True)
-class CheckpointWeights:
-    """The weights of one verified checkpoint, by Hugging Face names."""
+class ExportPlan:
+    """Everything that was decided before a weight is read."""
 
-    facts: CheckpointFacts
-    table: ArchitectureTable
-    model: HFArchitecture
+    weights: CheckpointWeights
     weight_type: TypeName
+    shards: list[ShardPlan]
 
-    def of_layer(self, layer: int | None) -> dict[str, torch.Tensor]:
-        """HF tensors of one layer, or (None) of what is outside the layers; opens the checkpoint once."""
-        entries = [entry for entry in self.table.entries_of(self.model) if layer in entry.layers(self.model)]
-        loaded = load_full_tensors(self.facts.directory, [entry.core_key for entry in entries], layer)
-        tensors: dict[str, torch.Tensor] = {}
-        for entry in entries:
-            tensors.update(to_hf(entry, loaded.pop(entry.core_key), self.model, layer))
-        return tensors
-
-
-def open_weights(directory: Path) -> CheckpointWeights:
-    """Check that a (verified) checkpoint holds exactly this architecture's weights; reads none of them.
-
-    Raises `CheckpointError` naming each tensor that is missing or of another shape.
-    """
-    facts = read_facts(directory)
-    model = facts.architecture
-    table = architecture_table(facts.hf_config)
-    stored = stored_tensors(directory)
-    problems = []
-    types = set()
-    for entry in table.entries_of(model):
-        shape = core_shape(entry, model, facts.vocabulary.padded_size)
-        expected = (model.layers, *shape) if entry.per_layer else shape
-        found = stored.get(entry.core_key)
-        if found is None:
-            problems.append(f"{directory} does not hold {entry.core_key}")
-        elif found.shape != expected:
-            problems.append(
-                f"{directory}: {entry.core_key} has shape {list(found.shape)}, expected {list(expected)}"
-            )
-        else:
-            types.add(found.dtype)
-    if not problems and len(types) != 1:
-        problems.append(f"{directory}: the weights have different types: {sorted(map(str, types))}")
-    if problems:
-        raise CheckpointError(*problems)
-    return CheckpointWeights(facts, table, model, type_of_torch(types.pop()))
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights as written."""
+        shapes = [shape for shard in self.shards for shape in shard.shapes.values()]
+        return sum(torch.Size(shape).numel() for shape in shapes) * TORCH_TYPES[self.weight_type].itemsize
 
 
 def run_export(options: ExportOptions) -> ExportSummary:
     """Write the Hugging Face directory under a temporary name and rename it when all of it is there.
 
-    A damaged checkpoint is refused, never replaced by an older one. Raises `CheckpointError`
-    or `ConversionError`.
+    A damaged checkpoint is refused, never replaced by an older one. Peak memory is `options.workers`
+    tensors. Raises `CheckpointError` or `ConversionError`.
     """
     target = options.hf_path
-    if target.exists() and not options.overwrite:
-        raise ConversionError(f"--hf-path {target} exists; pass --overwrite to replace it, or choose another")
-    if target.exists() and not (target.is_dir() and _looks_like_model(target)):
-        raise ConversionError(
-            f"--hf-path {target} is no Hugging Face model; --overwrite replaces nothing else"
-        )
-    checkpoint = resolve_checkpoint(options.load, options.ckpt_step, fallback=False)
-    weights = open_weights(checkpoint.path)
-    weight_type = weights.weight_type if options.dtype == "auto" else options.dtype
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
+    plan = _open_plan(options)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    removed = _remove_stale(target)
+    require_space(target.absolute().parent, plan.size_bytes)
     temporary = temporary_path(target)
-    temporary.mkdir()
     try:
-        _write_config(weights, temporary, weight_type)
-        files = _write_weights(weights, temporary, weight_type, options.max_shard_bytes)
-        if weights.facts.tokenizer_dir is not None:
-            copy_tokenizer(weights.facts.tokenizer_dir, temporary)
-            check_tokenizer(temporary, weights.facts.vocabulary)
-        sync_tree(temporary)
-        size = sum(path.stat().st_size for path in temporary.iterdir())
-        publish_directory(temporary, target)
+        with claimed(temporary):
+            _write_weights(plan, temporary, options.workers)
+            size = sum(path.stat().st_size for path in temporary.iterdir())
+            publish_directory(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return ExportSummary(target, checkpoint.path, files, weight_type, size)
+    return ExportSummary(
+        path=target,
+        checkpoint=plan.weights.facts.directory,
+        files=tuple(shard.file for shard in plan.shards),
+        tensors=sum(len(shard.shapes) for shard in plan.shards),
+        weight_type=plan.weight_type,
+        size_bytes=size,
+        removed=tuple(removed),
+    )
 
 
-def plan_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order; a tensor larger than `max_bytes` gets its own."""
-    shards: list[list[str]] = []
-    filled = 0
-    for name, size in sizes.items():
-        if not shards or filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+def dry_run(options: ExportOptions) -> str:
+    """What `run_export` would do, tensor by tensor."""
+    plan = _open_plan(options)
+    require_space(options.hf_path, plan.size_bytes)
+    weights = plan.weights
+    lines = [
+        f"{weights.facts.directory}: {weights.table.export_as}, {weights.model.layers} layers",
+        *describe_export(weights.table, weights.model, weights.facts.vocabulary.padded_size),
+        *(f"{shard.file}: {len(shard.shapes)} tensors" for shard in plan.shards),
+        f"{plan.size_bytes / 1e9:.2f} GB as {plan.weight_type}; nothing was written",
+    ]
+    return "\n".join(lines)
 
 
 def exported_config(
@@ -155,79 +131,108 @@ def exported_config(
     }
 
 
-def _write_weights(
-    weights: CheckpointWeights, directory: Path, weight_type: TypeName, max_bytes: int
-) -> tuple[str, ...]:
-    """Write the shards, one in memory at a time, and the index when there are several."""
-    from safetensors.torch import save_file
-
-    dtype = TORCH_TYPES[weight_type]
-    shapes = weights.table.hf_shapes(weights.model)
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
-    shards = plan_shards(sizes, max_bytes)
-    files = [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    tensors = _in_order(weights, list(shapes))
-    for file, names in zip(files, shards, strict=True):
-        shard = {name: tensor.to(dtype) for name, tensor in (next(tensors) for _ in names)}
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        # safetensors makes its files private to the user; these are as readable as the others
-        (directory / file).chmod((directory / "config.json").stat().st_mode)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-        }
-        _write_json(directory / _INDEX_FILE, index)
-    return tuple(files)
-
-
-def _in_order(weights: CheckpointWeights, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The HF tensors in the model's order, a layer in memory at a time."""
-    with single_process_group():
-        outside = weights.of_layer(None)
-        layer_of = {
-            name: layer
-            for layer in range(weights.model.layers)
-            for entry in weights.table.entries_of(weights.model)
-            if entry.per_layer
-            for name in entry.hf_names(layer)
-        }
-        current: dict[str, torch.Tensor] = {}
-        for name in names:
-            if name in outside:
-                yield name, outside.pop(name)
-                continue
-            if name not in current:
-                current = weights.of_layer(layer_of[name])
-            yield name, current.pop(name)
-
-
-def _write_config(weights: CheckpointWeights, directory: Path, weight_type: TypeName) -> None:
-    facts = weights.facts
-    config = exported_config(facts, weights.table, weight_type)
-    _write_json(directory / "config.json", config)
-    generation: dict[str, Any] = {
-        "_from_model_config": True,
-        "bos_token_id": facts.vocabulary.bos_id,
-        "eos_token_id": config.get("eos_token_id", facts.vocabulary.eos_id),
+def exported_generation_config(facts: CheckpointFacts, config: dict[str, Any]) -> dict[str, Any]:
+    """`generation_config.json`: the source's, with the ids of this vocabulary."""
+    record = facts.generation_config or {"_from_model_config": True}
+    vocabulary = facts.vocabulary
+    ids = {
+        "bos_token_id": vocabulary.bos_id,
+        "eos_token_id": record.get("eos_token_id", config.get("eos_token_id", vocabulary.eos_id)),
     }
-    if facts.vocabulary.has_speech:
-        generation["pad_token_id"] = facts.vocabulary.pad_id
-    _write_json(directory / "generation_config.json", generation)
+    if vocabulary.has_speech:
+        ids["pad_token_id"] = vocabulary.pad_id
+    return {**record, **ids}
+
+
+def _open_plan(options: ExportOptions) -> ExportPlan:
+    target = options.hf_path
+    if target.exists() and not options.overwrite:
+        raise ConversionError(f"--hf-path {target} exists; pass --overwrite to replace it, or choose another")
+    if target.exists() and not (target.is_dir() and _looks_like_model(target)):
+        raise ConversionError(
+            f"--hf-path {target} is no Hugging Face model; --overwrite replaces nothing else"
+        )
+    checkpoint = resolve_checkpoint(options.load, options.ckpt_step, fallback=False)
+    weights = open_weights(checkpoint.path)
+    weight_type = weights.weight_type if options.dtype == "auto" else options.dtype
+    shards = plan_shards(weights.table.hf_shapes(weights.model), weight_type, options.max_shard_bytes)
+    return ExportPlan(weights, weight_type, shards)
+
+
+def _write_weights(plan: ExportPlan, directory: Path, workers: int) -> None:
+    """Everything of the directory; `integrity.json` last."""
+    weights = plan.weights
+    problems: list[str] = []
+    with (
+        byte_progress("exporting", plan.size_bytes) as progress,
+        ThreadPoolExecutor(min(workers, len(plan.shards))) as pool,
+    ):
+        written = [pool.submit(_write_shard, plan, shard, directory, progress) for shard in plan.shards]
+        hashes = {}
+        for shard, future in zip(plan.shards, written, strict=True):
+            hashes[shard.file], found = future.result()
+            problems += found
+    if problems:
+        raise ConversionError(*problems)
+    if len(plan.shards) > 1:
+        _write_json(directory / INDEX_FILE, index_of(plan.shards, plan.weight_type))
+    config = exported_config(weights.facts, weights.table, plan.weight_type)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / GENERATION_CONFIG_FILE, exported_generation_config(weights.facts, config))
+    card = model_card(weights.facts, weights.table, plan.weight_type)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    if weights.facts.tokenizer_dir is not None:
+        copy_tokenizer(weights.facts.tokenizer_dir, directory)
+        check_tokenizer(directory, weights.facts.vocabulary)
+    write_integrity(directory, hashes)
+    sync_tree(directory)
+
+
+def _write_shard(
+    plan: ExportPlan, shard: ShardPlan, directory: Path, on_bytes: Callable[[int], None]
+) -> tuple[str, list[str]]:
+    """One file; its sha256, and what is wrong with its tensors."""
+    problems: list[str] = []
+    tensors = _checked(_of_shard(plan.weights, shard), plan.weights.facts.directory, problems)
+    return write_shard(directory, shard, plan.weight_type, tensors, on_bytes), problems
+
+
+def _of_shard(weights: CheckpointWeights, shard: ShardPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """A shard's tensors in order. What a core tensor holds of another shard is read again there."""
+    for entry, layer in weights.table.in_order(weights.model):
+        if any(name in shard.shapes for name in entry.hf_names(layer)):
+            of_entry = weights.of_entry(entry, layer)
+            yield from ((name, tensor) for name, tensor in of_entry.items() if name in shard.shapes)
+            del of_entry  # before the next one is read
+
+
+def _checked(
+    tensors: Iterator[tuple[str, torch.Tensor]], checkpoint: Path, problems: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        if count := non_finite_count(tensor):
+            problems.append(f"{checkpoint}: {name} has {count:,} values that are NaN or infinite")
+        yield name, tensor
 
 
 def _looks_like_model(directory: Path) -> bool:
     return (directory / "config.json").is_file() or not any(directory.iterdir())
 
 
-def _remove_stale(target: Path) -> None:
-    """What an interrupted export to this very name has left; others' temporaries are not ours."""
-    for path in target.parent.glob(f"{target.name}.tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path)
+def _remove_stale(target: Path) -> list[str]:
+    """What an interrupted export to this very name has left; returns the names.
+
+    Others' temporaries are not ours, and one that is being written now is another's.
+    """
+    removed = []
+    for path in sorted(target.parent.glob(f"{target.name}.tmp-*")):
+        if not path.is_dir():
+            continue
+        if is_claimed(path):
+            raise ConversionError(f"--hf-path {target}: another export is writing it now; wait for its end")
+        shutil.rmtree(path)
+        removed.append(path.name)
+    return removed
 
 
 def _write_json(path: Path, content: Any) -> None:

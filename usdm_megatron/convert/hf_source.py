@@ -1,38 +1,30 @@
 """A Hugging Face model directory to read: config, safetensors, tokenizer files.
 
 Weights come from safetensors only. Names in an index file must be base names: a file outside
-the directory is never opened.
+the directory is never opened, unless a symbolic link in it says so (the hub's cache consists of those).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.convert.foreign_bytes import escaped, first_problems, is_file, named, read_small_json
 from usdm_megatron.convert.name_table import ArchitectureTable
+from usdm_megatron.convert.safetensors_header import SourceTensor, read_header
 from usdm_megatron.errors import ConversionError
-from usdm_megatron.file_reading import read_json_object
 
-if TYPE_CHECKING:
-    import torch
-
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of the source: in which file, which shape and type (safetensors' name: `BF16`)."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_MOST_CONFIG_BYTES = 4 << 20
+_MOST_INDEX_BYTES = 16 << 20  # a hundred thousand tensors take 9 MB
+_TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -48,11 +40,36 @@ class HFSource:
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, from the memory-mapped file."""
-        from safetensors import safe_open
+        """One floating point tensor, mapped from its file; safe in any thread.
 
-        with safe_open(self.directory / self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        Pages are read when they are touched and given back with the tensor. What is written to it
+        stays in this process. Raises `ConversionError` when the file is no longer what it was.
+        """
+        tensor = self.tensors[name]
+        path = self.directory / tensor.file
+        dtype = _TORCH_TYPES[tensor.dtype]
+        if not tensor.size_bytes:
+            return torch.empty(tensor.shape, dtype=dtype)
+        # A mapping per tensor, so that resident memory is what is in use; private, because torch knows
+        # no read-only tensors.
+        start = tensor.begin - tensor.begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            with path.open("rb") as file:
+                mapping = mmap.mmap(
+                    file.fileno(),
+                    tensor.begin + tensor.size_bytes - start,
+                    access=mmap.ACCESS_COPY,
+                    offset=start,
+                )
+        except (OSError, ValueError) as error:  # ValueError: beyond the end of the file
+            raise ConversionError(f"{path} changed while it was read: {error}") from error
+        mapping.madvise(mmap.MADV_WILLNEED)  # one request for the whole tensor instead of one a fault
+        data = torch.frombuffer(
+            mapping, dtype=torch.uint8, offset=tensor.begin - start, count=tensor.size_bytes
+        )
+        if tensor.begin % dtype.itemsize:  # upstream aligns tensors, the format does not ask for it
+            data = data.clone()
+        return data.view(dtype).view(tensor.shape)
 
 
 def open_source(directory: Path) -> HFSource:
@@ -62,10 +79,10 @@ def open_source(directory: Path) -> HFSource:
     """
     if not directory.is_dir():
         raise ConversionError(f"--hf-path {directory} is not a directory")
-    config = read_json_object(directory / "config.json")
-    if (directory / _SINGLE_FILE).is_file():  # transformers prefers it to the index, too
-        return HFSource(directory, config, _read_headers(directory, [_SINGLE_FILE]))
-    if (directory / _INDEX_FILE).is_file():
+    config = read_small_json(directory / "config.json", _MOST_CONFIG_BYTES)
+    if is_file(directory / SINGLE_FILE):  # transformers prefers it to the index, too
+        return HFSource(directory, config, _read_headers(directory, [SINGLE_FILE]))
+    if is_file(directory / INDEX_FILE):
         return HFSource(directory, config, _read_indexed(directory))
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     if pickled:
@@ -73,107 +90,103 @@ def open_source(directory: Path) -> HFSource:
             f"{directory} holds {pickled[0]} and no safetensors; .bin files are pickles, which can run code "
             "when opened. Load the model with transformers where you trust it, and save_pretrained() it again"
         )
-    raise ConversionError(f"{directory} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}")
-
-
-def locate(hf_path: str, revision: str | None, cache_dir: Path | None) -> Path:
-    """The local directory of `--hf-path`: itself, or the snapshot of a hub repository.
-
-    Raises `ConversionError` when there is no such directory and the hub does not give one.
-    """
-    local = Path(hf_path).expanduser()
-    if local.exists():
-        if revision is not None:
-            raise ConversionError(f"--hf-revision goes with a hub id; {hf_path} is a directory here")
-        return local
-    if not _HUB_ID.fullmatch(hf_path):
-        raise ConversionError(f"--hf-path {hf_path} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(hf_path, revision=revision, cache_dir=cache_dir, allow_patterns=_HUB_PATTERNS)
-        )
-    except Exception as error:  # the hub's own, its HTTP library's and the file system's have no common base
-        reason = str(error).strip().splitlines()
-        raise ConversionError(
-            f"--hf-path {hf_path} is no directory here, and the hub did not give it: "
-            f"{type(error).__name__}: {reason[0] if reason else ''} Download it where there is a connection "
-            "(`hf download`, `hf auth login` for gated models) and name the directory"
-        ) from error
+    raise ConversionError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
 def check_tensors(source: HFSource, table: ArchitectureTable, model: HFArchitecture) -> None:
     """Refuse a source whose tensors are not exactly this architecture's; all problems at once."""
-    expected = table.hf_shapes(model)
-    problems = [
-        f"{source.directory}: tensor {name} is missing" for name in expected if name not in source.tensors
-    ]
-    for name, tensor in source.tensors.items():
-        if name not in expected:
-            if not table.ignores(name, model) and not _is_tied_copy(source, name, model):
-                problems.append(
-                    f"{source.directory / tensor.file}: tensor {name} does not belong to this architecture"
-                )
-        elif tensor.shape != expected[name]:
-            problems.append(
-                f"{source.directory / tensor.file}: tensor {name} has shape {list(tensor.shape)}, expected "
-                f"{list(expected[name])}"
-            )
+    if model.layers > len(source.tensors):  # before that many names are made
+        raise ConversionError(
+            f"{source.directory}: config.json says num_hidden_layers = {model.layers:,}, but the weights "
+            f"hold {len(source.tensors):,} tensors in all"
+        )
+    problems = first_problems(_tensor_problems(source, table, model))
     if problems:
         raise ConversionError(*problems)
+
+
+def _tensor_problems(source: HFSource, table: ArchitectureTable, model: HFArchitecture) -> Iterator[str]:
+    expected = table.hf_shapes(model)
+    for name in expected:
+        if name not in source.tensors:
+            yield f"{source.directory}: tensor {name} is missing"
+    for name, tensor in source.tensors.items():
+        where = f"{source.directory / tensor.file}: tensor {named(name)}"
+        if name not in expected:
+            if not table.ignores(name, model) and not _is_tied_copy(source, name, model):
+                yield f"{where} does not belong to this architecture"
+        elif tensor.shape != expected[name]:
+            yield f"{where} has shape {escaped(list(tensor.shape))}, expected {list(expected[name])}"
+        elif tensor.dtype not in _TORCH_TYPES:
+            yield (
+                f"{where} is of type {tensor.dtype}, not {', '.join(_TORCH_TYPES)}; a quantized model is "
+                "converted from its unquantized original"
+            )
 
 
 def _is_tied_copy(source: HFSource, name: str, model: HFArchitecture) -> bool:
-    """With tied embeddings some writers store `lm_head.weight` all the same; equal values are no problem."""
-    embedding = "model.embed_tokens.weight"
-    if not model.tied or name != "lm_head.weight" or embedding not in source.tensors:
+    """With tied embeddings some writers store `lm_head.weight` all the same; equal bytes are no problem."""
+    embedding = source.tensors.get("model.embed_tokens.weight")
+    if not model.tied or name != "lm_head.weight" or embedding is None:
         return False
-    return bool((source.read(name) == source.read(embedding)).all())
+    copy = source.tensors[name]
+    if (copy.shape, copy.dtype) != (embedding.shape, embedding.dtype) or copy.dtype not in _TORCH_TYPES:
+        return False
+    ours, theirs = (source.read(each).view(torch.uint8) for each in (name, "model.embed_tokens.weight"))
+    return torch.equal(ours, theirs)
 
 
 def _read_indexed(directory: Path) -> dict[str, SourceTensor]:
-    index = directory / _INDEX_FILE
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
+    """The tensors of all files that the index names; it may leave out some of a file's tensors."""
+    index = directory / INDEX_FILE
+    weight_map = read_small_json(index, _MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index}: weight_map must be an object of tensor name → file name")
-    names = sorted({str(file) for file in weight_map.values()})
-    problems = []
-    for name in names:
-        if Path(name).name != name or "\\" in name or name in (".", ".."):
-            problems.append(f"{index} names {name!r}; only files in the same directory are read")
-        elif not name.endswith(".safetensors"):
-            problems.append(f"{index} names {name!r}; only safetensors files are read")
-        elif not (directory / name).is_file():
-            problems.append(f"{directory / name} is missing; {_INDEX_FILE} names it")
+    problems = first_problems(
+        f"{index}: tensor {named(name)} is in {escaped(file)}; a file name is a string"
+        for name, file in weight_map.items()
+        if not isinstance(file, str)
+    )
+    names = sorted({file for file in weight_map.values() if isinstance(file, str)})
+    problems += first_problems(_file_problems(directory, names))
     if problems:
         raise ConversionError(*problems)
     tensors = _read_headers(directory, names)
-    problems = [
-        f"{directory / str(file)} does not hold tensor {name}; {_INDEX_FILE} says so"
+    problems = first_problems(
+        f"{directory / file} does not hold tensor {named(name)}; {INDEX_FILE} says so"
         for name, file in weight_map.items()
         if name not in tensors or tensors[name].file != file
-    ]
+    )
     if problems:
         raise ConversionError(*problems)
     return tensors
 
 
-def _read_headers(directory: Path, names: list[str]) -> dict[str, SourceTensor]:
-    from safetensors import SafetensorError, safe_open
+def _file_problems(directory: Path, names: list[str]) -> Iterator[str]:
+    index = directory / INDEX_FILE
+    for name in names:
+        if Path(name).name != name or "\\" in name or name == "..":
+            yield f"{index} names {escaped(name)}; only files in the same directory are read"
+        elif not name.endswith(".safetensors"):
+            yield f"{index} names {escaped(name)}; only safetensors files are read"
+        elif not is_file(directory / name):
+            yield f"{directory / named(name)} is missing; {INDEX_FILE} names it"
 
+
+def _read_headers(directory: Path, names: list[str]) -> dict[str, SourceTensor]:
     tensors: dict[str, SourceTensor] = {}
-    problems = []
+    problems: list[str] = []
     for name in names:
         try:
-            with safe_open(directory / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    if key in tensors:
-                        problems.append(f"tensor {key} is in {tensors[key].file} and in {name}")
-                    part = file.get_slice(key)
-                    tensors[key] = SourceTensor(name, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{directory / name} cannot be read as safetensors: {error}")
+            found = read_header(directory / name)
+        except ConversionError as error:
+            problems += error.problems
+            continue
+        problems += (
+            f"{directory}: tensor {named(twice)} is in {tensors[twice].file} and in {name}"
+            for twice in sorted(tensors.keys() & found.keys())
+        )
+        tensors.update(found)
     if problems:
-        raise ConversionError(*problems)
+        raise ConversionError(*first_problems(problems))
     return tensors

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.architecture import FAMILIES, MISTRAL, Family, HFArchitecture, family_of
 from usdm_megatron.errors import ConversionError
 
 
@@ -68,7 +68,7 @@ def _vocabulary(core_key: str, hf_pattern: str) -> Entry:
 _EMBEDDING = _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 _OUTPUT = _vocabulary("output_layer.weight", "lm_head.weight")
 
-_MISTRAL_ENTRIES = (
+_ENTRIES = (
     _EMBEDDING,
     _plain(
         f"{_LAYER}.self_attention.linear_qkv.layer_norm_weight",
@@ -121,7 +121,7 @@ EXTRA_STATE_KEYS = tuple(
 class ArchitectureTable:
     """What the converter knows about one architecture of transformers."""
 
-    export_as: str  # `architectures` of the exported config.json
+    export_as: str  # transformers' class, and `architectures` of the exported config.json
     model_type: str
     entries: tuple[Entry, ...]
     ignored_hf_names: tuple[str, ...]  # buffers that old transformers saved
@@ -130,18 +130,23 @@ class ArchitectureTable:
         """The entries that this model has: with tied embeddings there is no output layer."""
         return tuple(entry for entry in self.entries if not (model.tied and entry is _OUTPUT))
 
-    def hf_shapes(self, model: HFArchitecture) -> dict[str, tuple[int, ...]]:
-        """Shape of every HF tensor by name, in the model's order."""
-        ordered: list[tuple[Entry, int | None]] = []
+    def in_order(self, model: HFArchitecture) -> list[tuple[Entry, int | None]]:
+        """Every entry and layer, in the order in which transformers lists a model's tensors."""
         entries = self.entries_of(model)
         first_layered = next(i for i, entry in enumerate(entries) if entry.per_layer)
         layered = [entry for entry in entries if entry.per_layer]
-        ordered += [(entry, None) for entry in entries[:first_layered]]
-        ordered += [(entry, layer) for layer in range(model.layers) for entry in layered]
-        ordered += [(entry, None) for entry in entries[first_layered:] if not entry.per_layer]
+        behind = [entry for entry in entries[first_layered:] if not entry.per_layer]
+        return [
+            *((entry, None) for entry in entries[:first_layered]),
+            *((entry, layer) for layer in range(model.layers) for entry in layered),
+            *((entry, None) for entry in behind),
+        ]
+
+    def hf_shapes(self, model: HFArchitecture) -> dict[str, tuple[int, ...]]:
+        """Shape of every HF tensor by name, in the model's order."""
         return {
             name: _numbers(shape, model)
-            for entry, layer in ordered
+            for entry, layer in self.in_order(model)
             for name, shape in zip(entry.hf_names(layer), entry.hf_shapes, strict=True)
         }
 
@@ -154,28 +159,29 @@ class ArchitectureTable:
         )
 
 
-_MISTRAL = ArchitectureTable(
-    export_as="MistralForCausalLM",
-    model_type="mistral",
-    entries=_MISTRAL_ENTRIES,
-    ignored_hf_names=(f"{_HF_LAYER}.self_attn.rotary_emb.inv_freq",),
-)
+def _table(family: Family) -> ArchitectureTable:
+    """Every family has the same weights under the same names; one with others would bring its own entries."""
+    return ArchitectureTable(
+        export_as=family.transformers_class,
+        model_type=family.model_type,
+        entries=_ENTRIES,
+        ignored_hf_names=(f"{_HF_LAYER}.self_attn.rotary_emb.inv_freq",),
+    )
 
+
+_TABLES = {family: _table(family) for family in FAMILIES}
 ARCHITECTURES: dict[str, ArchitectureTable] = {
-    "MistralForCausalLM": _MISTRAL,
-    "CustomMistralForCausalLM": _MISTRAL,  # what naver-ai/USTM and USDM-DailyTalk call themselves
+    name: _TABLES[family] for family in FAMILIES for name in family.names
 }
 
 
 def architecture_table(hf_config: Mapping[str, Any]) -> ArchitectureTable:
     """The table for `config.json`'s `architectures`; raises `ConversionError` listing what is supported."""
-    names = hf_config.get("architectures")
-    for name in names if isinstance(names, list) else ():
-        if isinstance(name, str) and name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise ConversionError(
-        f"config.json: architectures = {names!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
-    )
+    if hf_config.get("architectures") is None:
+        raise ConversionError(
+            f"config.json: architectures is missing; supported are {', '.join(ARCHITECTURES)}"
+        )
+    return _TABLES[family_of(hf_config)]
 
 
 def core_shape(entry: Entry, model: HFArchitecture, padded_size: int) -> tuple[int, ...]:
@@ -232,7 +238,7 @@ def to_hf(
     return dict(zip(entry.hf_names(layer), copies, strict=True))
 
 
-def entry_of_parameter(name: str, table: ArchitectureTable = _MISTRAL) -> tuple[Entry, int | None]:
+def entry_of_parameter(name: str, table: ArchitectureTable = _TABLES[MISTRAL]) -> tuple[Entry, int | None]:
     """The entry, and layer, of a parameter of a `GPTModel` by its module name.
 
     `decoder.layers.3.self_attention.linear_qkv.weight` → that entry, 3. Both spellings of the

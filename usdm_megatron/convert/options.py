@@ -8,10 +8,37 @@ from pathlib import Path
 from typing import Literal
 
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 WeightType = Literal["auto", "bf16", "fp16", "fp32"]
+_EXTENSION = re.compile(r"units=(\d{1,7})(?:,tokens=(.+))?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class VocabularyExtension:
+    """What `--extend-vocab` adds behind the text: control tokens, `units` speech units, pad, `tokens`."""
+
+    units: int = USDM_VOCABULARY.unit_count
+    tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> VocabularyExtension:
+        """`usdm`, `units=N` or `units=N,tokens=a,b`; raises `ConversionError` for anything else."""
+        if text == "usdm":
+            return cls()
+        match = _EXTENSION.fullmatch(text)
+        if match is None or int(match[1]) < 1:
+            raise ConversionError(
+                f"--extend-vocab {text!r} must be usdm, units=N or units=N,tokens=a,b with N at least 1"
+            )
+        extension = cls(int(match[1]), tuple(match[2].split(",")) if match[2] else ())
+        try:
+            Vocabulary(unit_count=extension.units, extra_tokens=extension.tokens)
+        except ValueError as error:
+            raise ConversionError(f"--extend-vocab {text!r}: {error}") from error
+        return extension
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +49,9 @@ class ImportOptions:
     """Directory of the model, or ORG/NAME on the hub."""
     save: Path
     """Checkpoint to write: SAVE/release and SAVE/latest_checkpointed_iteration.txt."""
-    extend_vocab: Literal["usdm"] | None = None
-    """usdm: add the 10,003 speech tokens; a model that has them is checked and left as it is."""
+    extend_vocab: str | None = None
+    """usdm: add the 10,003 speech tokens; a model that has them is checked and left as it is.
+    units=N,tokens=a,b: N speech units, and extra tokens behind <pad>."""
     dtype: WeightType = "auto"
     """Type of the weights in the checkpoint; auto: the source's."""
     seed: int = 42
@@ -32,12 +60,24 @@ class ImportOptions:
     """Branch, tag or commit on the hub."""
     hf_cache_dir: Path | None = None
     """Where the hub's files are kept; default: huggingface_hub's."""
+    workers: int = 2
+    """Files written at a time; each holds one tensor in memory. The files depend on it, the weights don't."""
     overwrite: bool = False
     """Replace a converted model that is there."""
+    dry_run: bool = False
+    """Check everything, list which tensor becomes which, with shapes; write nothing."""
 
     def __post_init__(self) -> None:
+        problems = _worker_problems(self.workers)
         if self.seed < 0:
-            raise ConversionError(f"--seed {self.seed} must not be negative")
+            problems.append(f"--seed {self.seed} must not be negative")
+        if problems:
+            raise ConversionError(*problems)
+        _ = self.extension
+
+    @property
+    def extension(self) -> VocabularyExtension | None:
+        return None if self.extend_vocab is None else VocabularyExtension.parse(self.extend_vocab)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +94,16 @@ class ExportOptions:
     """Type of the exported weights; auto: the checkpoint's."""
     max_shard_size: str = "5GB"
     """Largest safetensors file, e.g. 5GB or 300MB."""
+    workers: int = 2
+    """Files written at a time; each holds one tensor in memory."""
     overwrite: bool = False
-    """Replace a directory that is there."""
+    """Replace a model directory that is there."""
+    dry_run: bool = False
+    """Check everything, list which tensor becomes which, with shapes; write nothing."""
 
     def __post_init__(self) -> None:
+        if problems := _worker_problems(self.workers):
+            raise ConversionError(*problems)
         _ = self.max_shard_bytes
 
     @property
@@ -112,3 +158,7 @@ class VerifyOptions:
             problems.append(f"--tolerance {self.tolerance} must not be negative")
         if problems:
             raise ConversionError(*problems)
+
+
+def _worker_problems(workers: int) -> list[str]:
+    return [] if 1 <= workers <= 64 else [f"--workers {workers} must be from 1 to 64"]

@@ -1,22 +1,22 @@
 """Hold a checkpoint against its Hugging Face model: logits on one packed row, at a chosen layout.
 
 Their side: transformers' own model, fp32, each sample alone. Our side: the training model, fp32, all
-samples packed into one row, on tp x pp real ranks.
+samples packed into one row, on tp x pp real ranks. When they differ, both run once more, and the hidden
+states say in which layer it begins. The two models are never in memory together.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
 from usdm_megatron.checkpoint.ranks import on_rank_zero
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
-from usdm_megatron.config import ParallelConfig
 from usdm_megatron.convert.options import VerifyOptions
 from usdm_megatron.convert.verification_row import VerificationRow, build_verification_row
 from usdm_megatron.errors import EXIT_DONE, ConfigError, ConversionError
@@ -27,7 +27,8 @@ from usdm_megatron.runtime.ranks import RankEnvironment
 if TYPE_CHECKING:
     import torch
 
-    from usdm_megatron.runtime.process_groups import ProcessGroups
+    from usdm_megatron.convert.layer_differences import LayerDifferences
+    from usdm_megatron.convert.verify_sides import OurSide
 
 _TIMEOUT = timedelta(minutes=30)
 _SEED = 42
@@ -46,6 +47,7 @@ class LogitsComparison:
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     tolerance: float
+    layers: LayerDifferences | None = None  # only when the logits differ
 
     @property
     def passed(self) -> bool:
@@ -53,21 +55,22 @@ class LogitsComparison:
 
 
 def run_verify_logits(options: VerifyOptions, environment: RankEnvironment) -> int:
-    """Compare on this rank's part of the layout; rank 0 prints and writes the outcome.
+    """Compare on this rank's part of the layout; rank 0 prints the outcome.
 
     Raises `ConversionError` when the difference exceeds `--tolerance`.
     """
     comparison = compare_logits(options, environment)
-    if environment.rank != 0:
-        return EXIT_DONE
-    if options.json is not None:
-        options.json.write_text(json.dumps(asdict(comparison), indent=1) + "\n", encoding="utf-8")
-    print(describe(comparison), flush=True)
+    if environment.rank == 0:
+        print(describe(comparison), flush=True)
     return EXIT_DONE
 
 
 def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> LogitsComparison:
-    """The comparison, on every rank; raises on all ranks when it fails."""
+    """The comparison, on every rank; written to `--json` whatever it says.
+
+    Raises `ConversionError` on all ranks when the logits differ, naming the first layer that does.
+    """
+    from usdm_megatron.convert.verify_sides import OurSide
     from usdm_megatron.runtime.process_groups import open_process_groups
 
     layout = ParallelLayout(
@@ -84,8 +87,18 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
         columns = min(_source_columns(options.hf_path), facts.vocabulary.size)
         whole = build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED)
         row = _shortened(_below(whole, columns), options.sequence_length)
-        ours = _our_logits(options, facts, row, groups)
-        return on_rank_zero("comparing logits", lambda: _compare(options, facts, row, ours))
+        ours = OurSide(facts, groups, options.core_attention)
+        logits = ours.logits(row)
+        found = on_rank_zero("comparing logits", lambda: _compare(options, facts, row, logits))
+        comparison = found.comparison
+        if not comparison.passed:
+            comparison = replace(comparison, layers=_compare_layers(options, row, found, ours, logits))
+        if options.json is not None:  # while all wait: a launcher stops rank 0 as soon as another one ends
+            path = options.json
+            on_rank_zero(f"writing {path}", lambda: path.write_text(_as_json(comparison), encoding="utf-8"))
+    if not comparison.passed:
+        raise ConversionError(*_differences(options, found, comparison))
+    return comparison
 
 
 def describe(comparison: LogitsComparison) -> str:
@@ -104,94 +117,48 @@ def describe(comparison: LogitsComparison) -> str:
     )
 
 
-def _our_logits(
-    options: VerifyOptions, facts: CheckpointFacts, row: VerificationRow, groups: ProcessGroups
-) -> torch.Tensor | None:
-    """fp32 `[tokens, vocabulary]` on rank 0."""
-    import torch
-
-    from usdm_megatron.checkpoint.store import load_sharded
-    from usdm_megatron.model.architecture import build_transformer_config, layout_problems
-    from usdm_megatron.model.attention import resolve_backend
-    from usdm_megatron.model.build import build_model_chunks
-    from usdm_megatron.model.logits import packed_logits
-    from usdm_megatron.model.packed_sequence import RopeTable
-
-    architecture, vocabulary = facts.architecture, facts.vocabulary
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=groups.layout.tp, pipeline_model_parallel_size=groups.layout.pp
-    )
-    problems = layout_problems(architecture, vocabulary.padded_size, parallel)
-    if problems:
-        raise ConfigError(*problems)
-    core_config = build_transformer_config(architecture, parallel, dtype=torch.float32)
-    (model,) = build_model_chunks(
-        core_config, architecture, vocabulary, groups, resolve_backend(options.core_attention, torch.float32)
-    )
-    loaded = load_sharded(
-        facts.directory, {"model": model.sharded_state_dict()}, strict="requested", cast=True
-    )
-    model.load_state_dict(loaded["model"])
-    model.eval()
-    batch = _batch(row, facts).to(groups.device)
-    rope = RopeTable(architecture.head_dim, architecture.rope_theta, batch.max_seqlen, groups.device)
-    logits = packed_logits([model], rope, [batch], vocabulary, torch.float32)
-    return _bring_to_rank_zero(logits[0] if logits else None, len(row.tokens), vocabulary.size, groups)
-
-
-def _batch(row: VerificationRow, facts: CheckpointFacts) -> Any:
-    import numpy as np
-
-    from usdm_megatron.data.batch import build_packed_batch
-    from usdm_megatron.data.token_store import PackedRow
-
-    packed = PackedRow(np.array(row.tokens), np.array(row.sample_lengths, dtype=np.int32))
-    return build_packed_batch(
-        [packed],
-        [0],
-        seq_length=len(row.tokens),
-        vocabulary=facts.vocabulary,
-        train_sample_boundaries=False,
-        cross_sample_attention="masked",
+def _differences(options: VerifyOptions, found: _Findings, comparison: LogitsComparison) -> tuple[str, str]:
+    c = comparison
+    assert c.layers is not None
+    return (
+        f"verify: max |Δ| of the logits is {c.max_abs_difference:.3g}, above --tolerance {c.tolerance:g}; "
+        f"the largest is in sample {c.worst_sample} of {c.samples[c.worst_sample]} tokens (per sample: "
+        f"{', '.join(f'{value:.3g}' for value in found.by_sample)}). {options.load} does not compute what "
+        f"{options.hf_path} computes",
+        c.layers.describe(),
     )
 
 
-def _bring_to_rank_zero(
-    logits: torch.Tensor | None, tokens: int, columns: int, groups: ProcessGroups
-) -> torch.Tensor | None:
-    import torch
-    import torch.distributed as dist
+def _as_json(comparison: LogitsComparison) -> str:
+    record = {"passed": comparison.passed, **asdict(comparison)}
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON knows no NaN
+    return json.dumps(finite, indent=1) + "\n"
 
-    source = groups.layout.world_size - groups.layout.tp  # the last stage's first rank
-    if source == 0:
-        return logits
-    if groups.rank == source:
-        assert logits is not None
-        dist.send(logits.contiguous(), dst=0)
-    if groups.rank != 0:
-        return None
-    received = torch.empty((tokens, columns), device=groups.device)
-    dist.recv(received, src=source)
-    return received
+
+@dataclass(frozen=True)
+class _Findings:
+    """The comparison, and what the search for the layer goes by."""
+
+    comparison: LogitsComparison
+    by_sample: tuple[float, ...]
+    positions: tuple[int, ...]  # in the worst sample
 
 
 def _compare(
     options: VerifyOptions, facts: CheckpointFacts, row: VerificationRow, ours: torch.Tensor | None
-) -> LogitsComparison:
-    import torch
+) -> _Findings:
+    from usdm_megatron.convert.layer_differences import chosen_positions
+    from usdm_megatron.convert.verify_sides import load_reference, reference_logits
 
     assert ours is not None
     model = load_reference(options.hf_path)
     columns = min(model.config.vocab_size, facts.vocabulary.size)
-    differences, start = [], 0
-    tokens = torch.tensor(row.tokens)
-    for length in row.sample_lengths:
-        sample = tokens[start : start + length]
-        with torch.no_grad():
-            theirs = model(sample[None]).logits[0]
-        mine = ours[start : start + length, :columns].to(theirs.device)
-        differences.append((theirs - mine).abs().max().item())
-        start += length
+    by_token = []
+    for sample in range(len(row.sample_lengths)):
+        here = _place_of(row, sample)
+        theirs = reference_logits(model, row.tokens[here])
+        by_token.append((theirs - ours[here, :columns].to(theirs.device)).abs().amax(-1))
+    differences = tuple(difference.max().item() for difference in by_token)
     worst = max(range(len(differences)), key=lambda index: _nan_is_worst(differences[index]))
     comparison = LogitsComparison(
         max_abs_difference=differences[worst],
@@ -204,26 +171,35 @@ def _compare(
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         tolerance=options.tolerance,
     )
-    if not comparison.passed:
-        raise ConversionError(
-            f"verify: max |Δ| of the logits is {comparison.max_abs_difference:.3g}, above --tolerance "
-            f"{options.tolerance:g}; the largest is in sample {worst} of {row.sample_lengths[worst]} tokens "
-            f"(per sample: {', '.join(f'{value:.3g}' for value in differences)}). {options.load} "
-            "does not compute "
-            f"what {options.hf_path} computes"
+    return _Findings(comparison, differences, tuple(chosen_positions(by_token[worst])))
+
+
+def _compare_layers(
+    options: VerifyOptions, row: VerificationRow, found: _Findings, ours: OurSide, logits: torch.Tensor | None
+) -> LayerDifferences:
+    """Run both sides once more and compare the worst sample's hidden states; the outcome is on every rank."""
+    from usdm_megatron.convert.layer_differences import compare_states
+    from usdm_megatron.convert.verify_sides import load_reference, reference_states
+
+    sample, columns = found.comparison.worst_sample, found.comparison.columns
+    here = _place_of(row, sample)
+    in_row = [here.start + position for position in found.positions]
+    states = ours.states(row, in_row)
+
+    def compare() -> LayerDifferences:
+        assert logits is not None
+        theirs = reference_states(load_reference(options.hf_path), row.tokens[here], found.positions)
+        theirs[-1] = theirs[-1][:, :columns]
+        return compare_states(
+            [*states, logits[in_row, :columns]], theirs, sample=sample, tolerance=options.tolerance
         )
-    return comparison
+
+    return on_rank_zero("comparing layers", compare)
 
 
-def load_reference(hf_path: Path) -> Any:
-    """transformers' Mistral in fp32, from safetensors, never remote code."""
-    import torch
-    from transformers import MistralForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = MistralForCausalLM.from_pretrained(hf_path, use_safetensors=True)  # nosec B615 - a local directory
-    return model.to(torch.float32).eval()
+def _place_of(row: VerificationRow, sample: int) -> slice:
+    start = sum(row.sample_lengths[:sample])
+    return slice(start, start + row.sample_lengths[sample])
 
 
 def _source_columns(hf_path: Path) -> int:

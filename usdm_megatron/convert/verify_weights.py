@@ -9,11 +9,11 @@ import torch
 
 from usdm_megatron.architecture import HFArchitecture, identity_differences, model_identity
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
-from usdm_megatron.checkpoint.store import single_process_group
-from usdm_megatron.convert.export_hf import CheckpointWeights, open_weights
+from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, open_weights
 from usdm_megatron.convert.hf_source import HFSource, check_tensors, open_source
 from usdm_megatron.convert.name_table import architecture_table
 from usdm_megatron.convert.options import VerifyOptions
+from usdm_megatron.convert.progress import byte_progress
 from usdm_megatron.errors import ConversionError
 
 
@@ -34,7 +34,7 @@ class WeightComparison:
 
 
 def compare_weights(options: VerifyOptions) -> WeightComparison:
-    """Compare every tensor, in the checkpoint's type; a layer in memory at a time.
+    """Compare every tensor, in the checkpoint's type; one in memory at a time.
 
     Raises `ConversionError` naming each tensor that differs, and by how much.
     """
@@ -46,12 +46,12 @@ def compare_weights(options: VerifyOptions) -> WeightComparison:
     _check_same_model(weights, source, source_model)
     problems: list[str] = []
     count = 0
-    with single_process_group():
-        for layer in (None, *range(weights.model.layers)):
-            for name, ours in weights.of_layer(layer).items():
-                theirs = source.read(name).to(ours.dtype)
-                problems += _difference(name, theirs, ours[: theirs.shape[0]])
-                count += 1
+    with byte_progress("comparing", weights.size_bytes) as progress:
+        for name, ours in weights.in_order():
+            theirs = source.read(name).to(ours.dtype)
+            problems += _difference(name, theirs, ours[: theirs.shape[0]])
+            progress(ours.nbytes)
+            count += 1
     if problems:
         raise ConversionError(*problems)
     return WeightComparison(checkpoint.path, count, source_model.vocab_size, weights.model.vocab_size)

@@ -33,6 +33,11 @@ def type_of_torch(dtype: torch.dtype) -> TypeName:
     raise ConversionError(f"weights of type {dtype} are not supported")
 
 
+def safetensors_name(name: TypeName) -> str:
+    """`BF16` for `bf16`, as a safetensors header says it."""
+    return next(theirs for theirs, ours in _SAFETENSORS.items() if ours == name)
+
+
 def transformers_name(name: TypeName) -> str:
     """`bfloat16` for `bf16`, as `config.json` says it."""
     return _TRANSFORMERS[name]

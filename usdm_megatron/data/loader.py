@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 
 from usdm_megatron.data.batch import CrossSampleAttention, PackedBatch, build_packed_batch
+from usdm_megatron.data.blend import TrainRows, stores_of
 from usdm_megatron.data.order import EMPTY_ROW, RowOrder
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.errors import DataError
@@ -26,7 +27,7 @@ class MicroBatchLoader:
 
     def __init__(
         self,
-        store: TokenStore,
+        store: TrainRows,
         order: RowOrder,
         dp_rank: int,
         *,
@@ -36,7 +37,8 @@ class MicroBatchLoader:
         cross_sample_attention: CrossSampleAttention = "masked",
         device: torch.device | str = "cpu",
     ) -> None:
-        check_store_fits(store, seq_length=seq_length, vocabulary=vocabulary)
+        for part in stores_of(store):
+            check_store_fits(part, seq_length=seq_length, vocabulary=vocabulary)
         if order.store_rows != store.rows:
             raise ValueError(f"the order is of {order.store_rows} rows, the store has {store.rows}")
         self._store = store

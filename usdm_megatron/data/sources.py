@@ -1,6 +1,6 @@
-"""Readers of packed rows: datasets on disk (stage 4 of the original) and `part*.txt` (stage 3).
+"""Readers of packed rows: datasets on disk (stage 4 of the original), Parquet and `part*.txt` (stage 3).
 
-Both give `RowBlock`s, rows in order, tokens as one flat numpy array a block; nothing loops over tokens
+All give `RowBlock`s, rows in order, tokens as one flat numpy array a block; nothing loops over tokens
 in Python. Ids are only parsed here: the store's writer compares them with the vocabulary.
 Nothing is unpickled and no foreign code is run (`datasets.load_from_disk` reads JSON and Arrow).
 """
@@ -11,142 +11,72 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from usdm_megatron.data.parquet_source import ParquetSource
+from usdm_megatron.data.rows import (
+    ID_COLUMN,
+    RowBlock,
+    RowPlace,
+    RowSource,
+    check_id_column,
+    no_rows_message,
+    rows_of_column,
+)
+from usdm_megatron.data.text_lines import (
+    LinePart,
+    LinePlace,
+    input_files,
+    line_parts,
+    natural_key,
+    parse_id_lines,
+    read_lines,
+)
 from usdm_megatron.data.token_store import SourceFile
 from usdm_megatron.errors import DataError
 from usdm_megatron.file_reading import file_sha256
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow  # type: ignore[import-untyped]
+
+__all__ = ["PackedTextSource", "ParquetSource", "RowBlock", "RowSource", "SourceHasher", "open_cache"]
 
 TEXT_BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20  # bounds the memory that a file without line ends can take
 CACHE_BLOCK_ROWS = 512  # x 8,192 tokens = 4 M tokens at a time
-CACHE_COLUMN = "input_ids"
 _SPLIT_NAME = re.compile(r"\w[\w.-]*")  # becomes part of a file name: no separators
-_STRAY_BYTE = re.compile(rb"[^0-9 \t\r\n]")
+_HUB_FILE = re.compile(r"(\w[\w.-]*)-\d{5}-of-\d{5}\.parquet")
 
 
-@dataclass(frozen=True)
-class RowBlock:
-    """Some consecutive rows: `tokens` `[T]`, `row_lengths` int64 `[R]` summing to T, each at least 1."""
-
-    tokens: np.ndarray
-    row_lengths: np.ndarray
-    place: Callable[[int], str]  # row of this block → where it came from, for messages
-
-
-class RowSource(Protocol):
-    """Rows in order, and the files they come from as (name relative to the input, path)."""
-
-    def files(self) -> list[tuple[str, Path]]: ...
-
-    def blocks(self) -> Iterator[RowBlock]: ...
-
-
-def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
-    """Sort key under which `part2.txt` comes before `part10.txt`."""
-    pieces = re.split(r"([0-9]+)", str(path))
-    return [(1, int(piece), "") if number % 2 else (0, 0, piece) for number, piece in enumerate(pieces)]
-
-
-class PackedTextSource:
+class PackedTextSource(RowSource):
     """`part*.txt`: a row a line, decimal ids separated by spaces. Files are read in natural order."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        problems = [
-            f"{path}: no such file; --input takes the part*.txt files of stage 3"
-            for path in paths
-            if not path.is_file()
-        ]
-        if not paths:
-            problems.append("--input: no file given; it takes the part*.txt files of stage 3")
-        if len(set(paths)) < len(paths):
-            twice = sorted({str(path) for path in paths if paths.count(path) > 1})
-            problems.append(
-                f"--input: {', '.join(twice)} given twice, and its rows would be trained on twice"
-            )
-        if problems:
-            raise DataError(*problems)
-        self._paths = sorted(paths, key=natural_key)
+        self._paths = input_files(paths, "the part*.txt files of stage 3")
 
     def files(self) -> list[tuple[str, Path]]:
         return [(path.name, path) for path in self._paths]
 
-    def blocks(self) -> Iterator[RowBlock]:
-        for path in self._paths:
-            yield from _text_blocks(path)
+    def parts(self) -> list[LinePart]:
+        limits = {"part_bytes": TEXT_BLOCK_BYTES, "longest_line_bytes": LONGEST_LINE_BYTES}
+        return [
+            part for path in self._paths for part in line_parts(path, "the ids of one packed row", **limits)
+        ]
+
+    def read(self, part: LinePart) -> RowBlock:
+        place = LinePlace(part.path, part.start)
+        lines = parse_id_lines(read_lines(part), place, "a packed row")
+        return RowBlock(lines.numbers, lines.lengths, place)
 
 
-def _text_blocks(path: Path) -> Iterator[RowBlock]:
-    line = 1
-    kept: list[bytes] = []  # the beginning of a line that the last read cut
-    with path.open("rb") as file:
-        while data := file.read(TEXT_BLOCK_BYTES):
-            cut = data.rfind(b"\n") + 1
-            if cut:
-                text = b"".join((*kept, data[:cut]))
-                yield _parse_text(text, path, line)
-                line += text.count(b"\n")
-                kept = []
-            kept.append(data[cut:])
-            if sum(map(len, kept)) > LONGEST_LINE_BYTES:
-                raise DataError(
-                    f"{path} line {line}: longer than {LONGEST_LINE_BYTES >> 20} MiB; "
-                    "a line holds the ids of one packed row"
-                )
-    text = b"".join(kept)
-    if text:
-        yield _parse_text(text + b"\n", path, line)
-    elif line == 1:
-        raise DataError(f"{path}: the file is empty; remove it from --input or write it again")
-
-
-def _parse_text(text: bytes, path: Path, first_line: int) -> RowBlock:
-    """Parse whole lines (`text` ends with a newline); `first_line` counts from 1."""
-    if text.translate(None, b"0123456789 \t\r\n"):
-        raise _malformed_id(text, path, first_line)
-    characters = np.frombuffer(text, dtype=np.uint8)
-    is_digit = characters >= ord("0")  # only digits and white space are left
-    begins_id = is_digit.copy()
-    begins_id[1:] &= ~is_digit[:-1]
-    line_starts = np.flatnonzero(characters == ord("\n")) + 1
-    line_starts = np.concatenate(([0], line_starts[:-1]))
-    ids = np.flatnonzero(begins_id)
-    row_lengths = np.diff(np.searchsorted(ids, line_starts), append=len(ids))
-    if int(row_lengths.min()) == 0:
-        raise DataError(
-            f"{path} line {first_line + int(row_lengths.argmin())}: the line holds no ids; "
-            "every line is a packed row: remove it"
-        )
-    # Text mode of fromstring (a separator is given) is not deprecated; 40 M ids/s. Ids beyond int64
-    # saturate, and are then outside of any vocabulary.
-    tokens = np.fromstring(text, dtype=np.int64, sep=" ")
-    return RowBlock(tokens, row_lengths, lambda row: f"{path} line {first_line + row}")
-
-
-def _malformed_id(text: bytes, path: Path, first_line: int) -> DataError:
-    match = _STRAY_BYTE.search(text)
-    at = match.start() if match else 0
-    begin = max(text.rfind(separator, 0, at) for separator in (b" ", b"\t", b"\n", b"\r")) + 1
-    word = text[begin : begin + 40].split()[0].decode("utf-8", "backslashreplace")
-    line = first_line + text.count(b"\n", 0, at)
-    return DataError(f"{path} line {line}: {word!r} is no token id; ids are decimal numbers, space separated")
-
-
-class CacheSource:
+class CacheSource(RowSource):
     """One `datasets.Dataset` on disk; `name` says which in messages, e.g. `cache train`."""
 
     def __init__(self, dataset: datasets.Dataset, directory: Path, name: str) -> None:
-        _check_cache_column(dataset, name)
-        self._dataset = dataset
+        check_id_column(dataset.data.schema, len(dataset), name)
+        self._dataset = dataset.select_columns([ID_COLUMN]).with_format("arrow")
         self._directory = directory
         self._name = name
 
@@ -158,26 +88,48 @@ class CacheSource:
             for path in (path.resolve() for path in paths)
         ]
 
-    def blocks(self) -> Iterator[RowBlock]:
-        first_row = 0
-        column_only = self._dataset.select_columns([CACHE_COLUMN]).with_format("arrow")
-        for table in column_only.iter(batch_size=CACHE_BLOCK_ROWS):
-            for chunk in table.column(CACHE_COLUMN).chunks:
-                if len(chunk):
-                    yield _arrow_block(chunk, self._name, first_row)
-                first_row += len(chunk)
+    def parts(self) -> list[range]:
+        rows = len(self._dataset)
+        starts = range(0, rows, CACHE_BLOCK_ROWS)
+        return [range(start, min(start + CACHE_BLOCK_ROWS, rows)) for start in starts]
+
+    def read(self, part: range) -> RowBlock:
+        column = self._dataset[part.start : part.stop].column(ID_COLUMN)
+        lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        return rows_of_column(lists, RowPlace(self._name, part.start))
 
 
-def open_cache(directory: Path) -> dict[str, CacheSource]:
-    """The datasets of `datasets.save_to_disk(directory)` by split; a single `Dataset` has the key ''."""
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory; --input takes what stage 4 saved with save_to_disk")
-    is_dict = (directory / "dataset_dict.json").is_file()
-    if not is_dict and not (directory / "state.json").is_file():
+def open_cache(path: Path) -> dict[str, RowSource]:
+    """What stage 4 saved, by split; a single one has the key ''.
+
+    `path` is a directory of `datasets.save_to_disk`, one of Parquet files, or a Parquet file. Parquet files
+    named as on the Hub (`train-00000-of-00002.parquet`) are divided by split where there is more than one.
+    """
+    if path.is_file() and path.suffix == ".parquet":
+        return {"": ParquetSource([path])}
+    if not path.is_dir():
         raise DataError(
-            f"{directory}: neither dataset_dict.json nor state.json in it, so it is no dataset on disk; "
-            "--input takes what datasets.DatasetDict.save_to_disk wrote"
+            f"{path}: no such directory; --input takes what stage 4 saved with save_to_disk, or Parquet files"
         )
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _open_saved(path)
+    files = sorted(path.glob("*.parquet"), key=natural_key)
+    if not files:
+        raise DataError(
+            f"{path}: neither dataset_dict.json nor state.json in it, so it is no dataset on disk, and no "
+            "*.parquet; --input takes what datasets.DatasetDict.save_to_disk wrote"
+        )
+    splits = [found.group(1) for file in files if (found := _HUB_FILE.fullmatch(file.name))]
+    if len(splits) < len(files) or len(set(splits)) == 1:
+        return {"": ParquetSource(files)}
+    by_split: dict[str, list[Path]] = {}
+    for split, file in zip(splits, files, strict=True):
+        by_split.setdefault(split, []).append(file)
+    return {split: ParquetSource(some) for split, some in by_split.items()}
+
+
+def _open_saved(directory: Path) -> dict[str, RowSource]:
+    is_dict = (directory / "dataset_dict.json").is_file()
     _refuse_empty_datasets(directory)
     import datasets  # takes a second
 
@@ -204,51 +156,7 @@ def _refuse_empty_datasets(directory: Path) -> None:
     for state in (directory / "state.json", *sorted(directory.glob("*/state.json"))):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # datasets says what is wrong
             if json.loads(state.read_bytes()).get("_data_files") == []:
-                raise DataError(_no_rows_message(str(state.parent)))
-
-
-def _no_rows_message(name: str) -> str:
-    return f"{name}: holds no rows, and an empty store cannot be trained on; fill the split or leave it out"
-
-
-def _check_cache_column(dataset: datasets.Dataset, name: str) -> None:
-    import pyarrow
-
-    columns = dataset.column_names
-    if CACHE_COLUMN not in columns:
-        raise DataError(
-            f"{name}: no column {CACHE_COLUMN!r}, only {', '.join(columns) or 'none'}; "
-            "save the packed rows as lists of ids in that column"
-        )
-    if len(dataset) == 0:
-        raise DataError(_no_rows_message(name))
-    kind = dataset.data.schema.field(CACHE_COLUMN).type
-    is_list = any(
-        test(kind)
-        for test in (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
-    )
-    if not is_list or not pyarrow.types.is_integer(kind.value_type):
-        raise DataError(f"{name}: column {CACHE_COLUMN!r} is {kind}; a row is a list of integer ids")
-
-
-def _arrow_block(chunk: pyarrow.Array, name: str, first_row: int) -> RowBlock:
-    """A list array as numpy views of its values and offsets (no copy)."""
-
-    def place(row: int) -> str:
-        return f"{name} row {first_row + row}"
-
-    if chunk.null_count:
-        row = int(np.argmax(chunk.is_null().to_numpy(zero_copy_only=False)))
-        raise DataError(f"{place(row)}: is null; every row is a list of ids")
-    values = chunk.flatten()  # of a sliced chunk only its own part
-    row_lengths = chunk.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    if int(row_lengths.min()) == 0:
-        raise DataError(f"{place(int(row_lengths.argmin()))}: holds no ids; remove empty rows")
-    if values.null_count:
-        at = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
-        row = int(np.searchsorted(np.cumsum(row_lengths), at, side="right"))
-        raise DataError(f"{place(row)}: holds a null; ids are numbers")
-    return RowBlock(values.to_numpy(), row_lengths, place)
+                raise DataError(no_rows_message(str(state.parent)))
 
 
 class SourceHasher:

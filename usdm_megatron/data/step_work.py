@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from usdm_megatron.data.batch import CrossSampleAttention
+from usdm_megatron.data.blend import TrainRows
 from usdm_megatron.data.order import EMPTY_ROW
-from usdm_megatron.data.token_store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class StepWork:
 
 
 class StepCounter:
-    """Counts `StepWork` for lists of row ids of one store."""
+    """Counts `StepWork` for lists of row ids of one store, or of one blend."""
 
     def __init__(
         self,
-        store: TokenStore,
+        store: TrainRows,
         *,
         window: int | None,
         train_sample_boundaries: bool,

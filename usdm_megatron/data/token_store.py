@@ -1,9 +1,9 @@
 """The packed token store: Megatron's `.bin`/`.idx` pair with a `.json` that says what is in it.
 
     P.bin   token ids, little-endian uint16 (int32 where the vocabulary is larger), rows one after another
-    P.idx   magic, u64 version, u8 dtype code, u64 sequences N, u64 documents D + 1,
-            int32 lengths [N], int64 byte pointers [N], int64 document indices [D + 1]
+    P.idx   lengths of samples, and which samples are a row (`token_index.py`)
     P.json  `StoreSummary`: counts, vocabulary, origin, checksums; renamed last, so it marks a whole store
+    P_loss_mask.bin, .idx, .targets  for fine-tuning: which tokens are targets (`loss_mask.py`)
 
 document = packed row, sequence = sample. Megatron-core's `IndexedDataset` (0.16.1,
 `core/datasets/indexed_dataset.py`) reads the same files, but checks nothing and closes its map
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,23 +22,19 @@ from typing import Any
 
 import numpy as np
 
+from usdm_megatron.data.loss_mask import LossMask, LossMaskSummary
+from usdm_megatron.data.token_index import PREPROCESS_HINT, TOKEN_DTYPES, Index, read_index
 from usdm_megatron.errors import DataError
 from usdm_megatron.vocab import Vocabulary
 
 FORMAT_VERSION = 1
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_VERSION = 1
-INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
-TOKEN_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}  # by Megatron's dtype code
-LENGTH_DTYPE = np.dtype("<i4")
-POINTER_DTYPE = np.dtype("<i8")
+MASKED_FORMAT_VERSION = 2  # with a loss mask: a reader that knows of none must not train on all tokens
 CHUNK_TOKENS = 1 << 22  # tokens read at a time where the whole store is scanned
-PREPROCESS_HINT = "write it with `python tools/preprocess_data.py`"
 
 
 @dataclass(frozen=True)
 class StorePaths:
-    """The three files of the store `prefix`."""
+    """The three files of the store `prefix`; a loss mask has its own (`LossMaskPaths`)."""
 
     bin: Path
     idx: Path
@@ -48,10 +43,6 @@ class StorePaths:
     @classmethod
     def of(cls, prefix: str | Path) -> StorePaths:
         return cls(*(Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "json")))
-
-    def temporary(self) -> StorePaths:
-        """Where the files are written before they are renamed: the same directory, one name per store."""
-        return StorePaths(*(path.with_name(path.name + ".tmp") for path in (self.bin, self.idx, self.json)))
 
     def __iter__(self) -> Iterator[Path]:
         return iter((self.bin, self.idx, self.json))
@@ -90,14 +81,27 @@ class StoreSummary:
     sources: tuple[SourceFile, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     notices: dict[str, int] = field(default_factory=dict)  # oddities that were accepted, with their counts
+    loss_mask: LossMaskSummary | None = None  # None: every token is a target
 
     @property
     def fill(self) -> float:
         """Mean row length over the row capacity."""
         return self.tokens / (self.rows * self.row_capacity)
 
+    @property
+    def identity(self) -> str:
+        """A hash of the store's content: equal for equal tokens, samples, rows and targets, anywhere."""
+        digests = f"{self.bin_sha256} {self.idx_sha256}"
+        if self.loss_mask:
+            digests += f" {self.loss_mask.bin_sha256}"
+        return hashlib.sha256(digests.encode()).hexdigest()
+
     def to_json(self) -> str:
-        record = {"format_version": FORMAT_VERSION, "fill": self.fill, **asdict(self)}
+        version = MASKED_FORMAT_VERSION if self.loss_mask else FORMAT_VERSION
+        record = {"format_version": version, "fill": self.fill, **asdict(self)}
+        record["vocabulary"] = self.vocabulary.to_dict()
+        if self.loss_mask is None:
+            del record["loss_mask"]
         return json.dumps(record, indent=1) + "\n"
 
     @classmethod
@@ -109,10 +113,10 @@ class StoreSummary:
             raise DataError(f"{path}: not JSON ({error}); {PREPROCESS_HINT} again") from error
         if not isinstance(record, dict) or "format_version" not in record:
             raise DataError(f"{path}: not the summary of a token store; {PREPROCESS_HINT} again")
-        if record["format_version"] != FORMAT_VERSION:
+        if record["format_version"] not in (FORMAT_VERSION, MASKED_FORMAT_VERSION):
             raise DataError(
-                f"{path}: format version {record['format_version']!r}, this package reads {FORMAT_VERSION}; "
-                f"{PREPROCESS_HINT} again"
+                f"{path}: format version {record['format_version']!r}, this package reads {FORMAT_VERSION} "
+                f"and {MASKED_FORMAT_VERSION}; {PREPROCESS_HINT} again"
             )
         try:
             return cls._from_record(record)
@@ -123,6 +127,7 @@ class StoreSummary:
 
     @classmethod
     def _from_record(cls, record: dict[str, Any]) -> StoreSummary:
+        record = {"loss_mask": None} | record if record["format_version"] == FORMAT_VERSION else record
         values = {entry.name: record[entry.name] for entry in fields(cls)}
         for entry in fields(cls):
             if entry.type == "int" and (type(values[entry.name]) is not int or values[entry.name] < 0):
@@ -137,25 +142,21 @@ class StoreSummary:
         values["sources"] = tuple(SourceFile(**source) for source in values["sources"])
         values["options"] = dict(values["options"])
         values["notices"] = dict(values["notices"])
+        if (values["loss_mask"] is None) != (record["format_version"] == FORMAT_VERSION):
+            raise ValueError(f"format version {record['format_version']} and loss_mask disagree")
+        if values["loss_mask"] is not None:
+            values["loss_mask"] = LossMaskSummary.from_record(values["loss_mask"])
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row: `tokens` `[T]` (a read-only view of the map), `sample_lengths` int32 `[samples]`, sum T."""
+    """One row: `tokens` `[T]` and `loss_mask` uint8 `[T]` (read-only views of the maps; None: all are
+    targets), `sample_lengths` int32 `[samples]`, sum T."""
 
     tokens: np.ndarray
     sample_lengths: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Index:
-    """The arrays of `P.idx`, validated: N sequences, D documents."""
-
-    dtype: np.dtype[Any]
-    sample_lengths: np.ndarray  # int32 [N]
-    row_samples: np.ndarray  # int64 [D + 1]: first sample of each row, then N
-    row_tokens: np.ndarray  # int64 [D + 1]: first token of each row, then the number of tokens
+    loss_mask: np.ndarray | None = None
 
 
 class TokenStore:
@@ -165,11 +166,19 @@ class TokenStore:
     (10^9 tokens in well under 0.1 s); `verify` reads every byte.
     """
 
-    def __init__(self, prefix: str, summary: StoreSummary, index: _Index, tokens: np.ndarray) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        summary: StoreSummary,
+        index: Index,
+        tokens: np.ndarray,
+        loss_mask: LossMask | None = None,
+    ) -> None:
         self.prefix = prefix
         self.summary = summary
         self._index = index
         self._tokens = tokens
+        self._loss_mask = loss_mask
 
     @classmethod
     def open(cls, prefix: str | Path) -> TokenStore:
@@ -180,11 +189,12 @@ class TokenStore:
             raise DataError(_missing_files_message(prefix, paths, missing))
         summary = StoreSummary.from_json(paths.json)
         bin_bytes = paths.bin.stat().st_size
-        index = _read_index(paths.idx, bin_bytes)
+        index = read_index(paths.idx, bin_bytes)
         _compare_with_summary(paths, summary, index, bin_bytes)
         # A plain ndarray over the map: slicing a memmap object costs microseconds a row.
         tokens = np.memmap(paths.bin, dtype=index.dtype, mode="r").view(np.ndarray)
-        return cls(str(prefix), summary, index, tokens)
+        mask = LossMask.open(prefix, summary.loss_mask, index) if summary.loss_mask else None
+        return cls(str(prefix), summary, index, tokens, mask)
 
     @property
     def rows(self) -> int:
@@ -200,9 +210,8 @@ class TokenStore:
 
     @property
     def identity(self) -> str:
-        """A hash of the store's content: equal for equal tokens, samples and rows, wherever it lies."""
-        digests = f"{self.summary.bin_sha256} {self.summary.idx_sha256}"
-        return hashlib.sha256(digests.encode()).hexdigest()
+        """`StoreSummary.identity`."""
+        return self.summary.identity
 
     def __len__(self) -> int:
         return self.rows
@@ -212,9 +221,10 @@ class TokenStore:
         if not 0 <= row_id < self.rows:
             raise IndexError(f"{self.prefix}: row {row_id} of {self.rows}")
         index = self._index
-        tokens = self._tokens[index.row_tokens[row_id] : index.row_tokens[row_id + 1]]
+        span = slice(index.row_tokens[row_id], index.row_tokens[row_id + 1])
         lengths = index.sample_lengths[index.row_samples[row_id] : index.row_samples[row_id + 1]]
-        return PackedRow(tokens, lengths)
+        mask = self._loss_mask.values[span] if self._loss_mask else None
+        return PackedRow(self._tokens[span], lengths, mask)
 
     def sample_lengths(self) -> np.ndarray:
         """Tokens of every sample of the store, int32 `[samples]`, in order."""
@@ -223,6 +233,10 @@ class TokenStore:
     def row_lengths(self) -> np.ndarray:
         """Tokens of every row, int64 `[rows]`."""
         return np.diff(self._index.row_tokens)
+
+    def row_targets(self) -> np.ndarray | None:
+        """Targets of every row by the loss mask, int64 `[rows]`, read without the mask; None without one."""
+        return self._loss_mask.row_targets if self._loss_mask else None
 
     def token_chunks(self, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[np.ndarray]:
         """All tokens in order, as views of at most `chunk_tokens`."""
@@ -258,6 +272,8 @@ class TokenStore:
                 f"{paths.bin}: the largest id is {largest}, {paths.json.name} records "
                 f"{self.summary.largest_id}; {PREPROCESS_HINT} again"
             )
+        if self._loss_mask:
+            problems += self._loss_mask.problems(self._index)
         if problems:
             raise DataError(*problems)
 
@@ -272,56 +288,7 @@ def _missing_files_message(prefix: str | Path, paths: StorePaths, missing: list[
     return f"{prefix}: no token store, {', '.join(path.name for path in missing)} not found; {hint}"
 
 
-def _read_index(path: Path, bin_bytes: int) -> _Index:
-    """Map and validate `P.idx` against the size of `P.bin`; every message names the rule that fails."""
-
-    def damaged(why: str) -> DataError:
-        return DataError(f"{path}: {why}; the file is damaged or not ours: {PREPROCESS_HINT} again")
-
-    idx_bytes = path.stat().st_size
-    if idx_bytes < INDEX_HEADER.size:
-        raise damaged(f"{idx_bytes} bytes, shorter than the header of {INDEX_HEADER.size}")
-    with path.open("rb") as file:
-        header = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
-    magic, version, code, sequences, document_indices = header
-    if magic != INDEX_MAGIC:
-        raise damaged(f"magic is {magic!r}, not {INDEX_MAGIC!r}")
-    if version != INDEX_VERSION:
-        raise damaged(f"version is {version}, this package reads {INDEX_VERSION}")
-    if code not in TOKEN_DTYPES:
-        raise damaged(f"dtype code is {code}, expected 8 (uint16) or 4 (int32)")
-    if sequences < 1 or document_indices < 2:
-        raise damaged(f"{sequences} samples in {max(0, document_indices - 1)} rows: the store is empty")
-    expected = INDEX_HEADER.size + 12 * sequences + 8 * document_indices
-    if idx_bytes != expected:
-        raise damaged(
-            f"{idx_bytes} bytes, but {sequences} samples and {document_indices - 1} rows take {expected}"
-        )
-
-    raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)[INDEX_HEADER.size :]
-    lengths = raw[: 4 * sequences].view(LENGTH_DTYPE)
-    pointers = raw[4 * sequences : 12 * sequences].view(POINTER_DTYPE)
-    row_samples = raw[12 * sequences :].view(POINTER_DTYPE)
-    if int(lengths.min()) < 1:
-        raise damaged(f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens, the least is 1")
-    dtype = TOKEN_DTYPES[code]
-    ends = np.cumsum(lengths, dtype=np.int64)
-    tokens = int(ends[-1])
-    if bin_bytes != tokens * dtype.itemsize:
-        raise DataError(
-            f"{path.with_suffix('.bin')}: {bin_bytes} bytes, but {path.name} describes {tokens} tokens of "
-            f"{dtype.itemsize} bytes = {tokens * dtype.itemsize}: truncated, or from another store; "
-            f"{PREPROCESS_HINT} again or copy it again"
-        )
-    if int(pointers[0]) != 0 or not np.array_equal(pointers[1:], ends[:-1] * dtype.itemsize):
-        raise damaged("the pointers are not the cumulated sample lengths")
-    if int(row_samples[0]) != 0 or int(row_samples[-1]) != sequences or int(np.diff(row_samples).min()) < 1:
-        raise damaged(f"the row starts do not rise from 0 to {sequences} samples")
-    row_tokens = np.append(pointers[row_samples[:-1]] // dtype.itemsize, tokens)
-    return _Index(dtype, lengths, row_samples, row_tokens)
-
-
-def _compare_with_summary(paths: StorePaths, summary: StoreSummary, index: _Index, bin_bytes: int) -> None:
+def _compare_with_summary(paths: StorePaths, summary: StoreSummary, index: Index, bin_bytes: int) -> None:
     found = {
         "rows": len(index.row_samples) - 1,
         "samples": len(index.sample_lengths),

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from usdm_megatron.config import CoreAttention
 from usdm_megatron.model.attention import packed_core_attention
+from usdm_megatron.model.lora.adapter import with_lora
+from usdm_megatron.model.lora.spec import LoraSpec
 
 
 class RMSNorm(torch.nn.Module):
@@ -33,13 +35,14 @@ class RMSNorm(torch.nn.Module):
 
 
 def build_block_spec(
-    config: TransformerConfig, backend: CoreAttention, layers_here: int
+    config: TransformerConfig, backend: CoreAttention, layers_here: int, lora: LoraSpec | None = None
 ) -> TransformerBlockSubmodules:
-    """The decoder block of one pipeline chunk with `layers_here` layers."""
+    """The decoder block of one pipeline chunk with `layers_here` layers, adapted where `lora` says so."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=packed_core_attention(backend)
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+    return block if lora is None else with_lora(block, lora)

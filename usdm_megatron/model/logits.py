@@ -1,8 +1,12 @@
-"""Logits of a packed row at any layout, for verification and tests."""
+"""Logits and hidden states of a packed row at any layout, for verification and tests.
+
+S = tokens of the row, P = positions of it that are kept, V = vocabulary / tp.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,3 +47,39 @@ def packed_logits(
         forward_only=True,
     )
     return collected
+
+
+def stage_modules(model: Any) -> dict[int, torch.nn.Module]:
+    """The modules of a `GPTModel` stage whose outputs are hidden states, by depth.
+
+    0: the embedding; n: decoder layer n, counted from 1 over all stages; layers + 1: the final norm.
+    """
+    modules: dict[int, torch.nn.Module] = {layer.layer_number: layer for layer in model.decoder.layers}
+    if model.pre_process:
+        modules[0] = model.embedding
+    if model.decoder.final_layernorm is not None:
+        modules[model.config.num_layers + 1] = model.decoder.final_layernorm
+    return modules
+
+
+@contextmanager
+def kept_states(modules: Mapping[int, torch.nn.Module], positions_P: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Fill the yielded dict with what these modules put out, under their keys, while the block runs.
+
+    Each state is fp32 `[P, hidden]`, at these positions of the one row that runs; only they are held.
+    """
+    states: dict[int, Tensor] = {}
+
+    def keep(depth: int, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output  # layers may return more beside it
+        states[depth] = hidden.detach().reshape(-1, hidden.size(-1))[positions_P].float()
+
+    handles = [
+        module.register_forward_hook(lambda _module, _input, output, depth=depth: keep(depth, output))
+        for depth, module in modules.items()
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
 from usdm_megatron.config import CoreAttention, RunConfig
+from usdm_megatron.data.blend import Blend, TrainRows, open_rows, stores_of
 from usdm_megatron.data.loader import check_store_fits
 from usdm_megatron.data.order import RowOrder, rows_of_steps
 from usdm_megatron.data.token_store import TokenStore
@@ -26,7 +27,7 @@ class RunPlan:
     start: StartPoint
     facts: CheckpointFacts
     architecture: HFArchitecture
-    train_store: TokenStore
+    train_store: TrainRows
     order: RowOrder
     valid_store: TokenStore | None
     valid_order: RowOrder | None
@@ -58,15 +59,16 @@ def build_layout(config: RunConfig, world_size: int) -> ParallelLayout:
     return layout
 
 
-def open_stores(config: RunConfig) -> tuple[TokenStore, TokenStore | None]:
+def open_stores(config: RunConfig) -> tuple[TrainRows, TokenStore | None]:
     """Open `--train-data-path` and `--valid-data-path`."""
-    if config.data.train_data_path is None:
+    if not (parts := config.data.train_stores):
         raise ConfigError(
             "data: --train-data-path is missing; give the prefix of a packed token store "
             "(python tools/preprocess_data.py … makes one)"
         )
     valid = config.data.valid_data_path
-    return TokenStore.open(config.data.train_data_path), None if valid is None else TokenStore.open(valid)
+    train = open_rows([part.prefix for part in parts], [part.weight for part in parts])
+    return train, None if valid is None else TokenStore.open(valid)
 
 
 def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> RunPlan:
@@ -91,7 +93,7 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
         problems.append(
             "logging: --wandb-project is given and wandb is not installed; pip install usdm-megatron[wandb]"
         )
-    for store in filter(None, (train_store, valid_store)):
+    for store in filter(None, (*stores_of(train_store), valid_store)):
         problems += _store_problems(store, config, facts)
     if problems:
         raise ConfigError(*problems)
@@ -136,7 +138,8 @@ def build_order(config: RunConfig, layout: ParallelLayout, store_rows: int) -> R
             else f"--train-samples {training.train_samples}"
         )
         raise ConfigError(
-            f"training: {wanted} needs more rows than the {store_rows} of {data.train_data_path}; "
+            f"training: {wanted} needs more rows than the {store_rows} of "
+            f"{' '.join(data.train_data_path or ())}; "
             f"use --num-train-epochs E to read them more than once"
         )
     return RowOrder(
@@ -178,13 +181,14 @@ def _store_problems(store: TokenStore, config: RunConfig, facts: CheckpointFacts
     return problems
 
 
-def _check_position(start: StartPoint, order: RowOrder, store: TokenStore) -> None:
+def _check_position(start: StartPoint, order: RowOrder, store: TrainRows) -> None:
     state = start.state
     if state is None:
         return
     if state.train_store != store.identity:
+        kind = "blend" if isinstance(store, Blend) else "token store"
         raise CheckpointError(
-            f"resume: {start.directory} was trained on another token store than {store.prefix}; "
+            f"resume: {start.directory} was trained on another {kind} than {store.prefix}; "
             "give that one, "
             f"or start a new run from these weights with --pretrained-checkpoint {start.directory}"
         )

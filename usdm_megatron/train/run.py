@@ -220,6 +220,7 @@ def _loader(plan: RunPlan, groups: ProcessGroups, *, training: bool) -> Any:
 
 
 def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: Any) -> None:
+    from usdm_megatron.data.blend import shares_of
     from usdm_megatron.recipes import recipe_fields
 
     layout, config = groups.layout, plan.config
@@ -239,6 +240,8 @@ def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: A
         "micro-batches a rank) "
         f"from {plan.train_store.prefix} ({plan.train_store.rows:,} rows, {plan.train_store.tokens:,} tokens)"
     )
+    for share in shares_of(plan.train_store):
+        reporter.say(f"  {share}")
     for skipped in plan.start.checkpoint.skipped:
         reporter.event(
             plan.start.step, "skipped checkpoint", path=str(skipped.path), why="; ".join(skipped.problems)

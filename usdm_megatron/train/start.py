@@ -35,7 +35,7 @@ class TrainState:
     task: Task
     step: int  # completed steps
     consumed_rows: int
-    train_store: str  # identity of the token store
+    train_store: str  # identity of the token store, or of the blend
     layout: dict[str, int]  # world_size, tp, pp, vpp that wrote it: its RNG states belong to these ranks
     best_loss: float | None = None  # lowest evaluation loss so far
     best_step: int | None = None

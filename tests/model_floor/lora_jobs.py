@@ -1,0 +1,254 @@
+"""What ranks do in the LoRA tests, and PEFT's side of each comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.training import jobs, reference
+from tests.training.jobs import Layout, Row
+from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.model.lora.names import adapter_entries, entry_shape
+from usdm_megatron.model.lora.spec import LoraSpec
+from usdm_megatron.vocab import Vocabulary
+
+SEED = 11
+MICRO_BATCH, SEQ_LENGTH = 2, 56
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model to build at a layout that is open already; `extra` are fields of `ParallelConfig`."""
+
+    lora: LoraSpec
+    extra: tuple[tuple[str, Any], ...] = ()
+    factors: str = "random"  # or "initial": as built
+
+
+@dataclasses.dataclass
+class Shard:
+    """A rank's part of an adapter's tensor."""
+
+    tensor: Tensor
+    axis: int | None
+    tp_rank: int
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One step (or more) of one case on one rank; losses and logits where the last stage has them."""
+
+    losses: list[float]
+    norm: float
+    gradients: dict[str, Shard]
+    values: dict[str, Shard]
+    logits: list[Tensor]
+
+
+class Built:
+    """Model, optimizer and step of a case, its base loaded, on this rank."""
+
+    def __init__(self, layout: Layout, case: Case, checkpoint: Path, groups: Any) -> None:
+        from usdm_megatron.checkpoint.facts import read_facts
+        from usdm_megatron.checkpoint.store import load_sharded
+        from usdm_megatron.log import quiet_upstream
+        from usdm_megatron.model.architecture import build_transformer_config
+        from usdm_megatron.model.build import build_model_chunks
+        from usdm_megatron.model.lora.state import base_part, load_base
+        from usdm_megatron.model.packed_sequence import RopeTable
+        from usdm_megatron.runtime.process_groups import seed_rank
+        from usdm_megatron.train.optimizer import AdamW, wrap_chunks
+        from usdm_megatron.train.step import PipelineStep
+
+        quiet_upstream()
+        self.layout, self.case, self.groups = layout, case, groups
+        self.facts = read_facts(checkpoint)
+        self.config = jobs.run_config(
+            dataclasses.replace(layout, extra=(*layout.extra, *case.extra)),
+            data={"seq_length": SEQ_LENGTH, "micro_batch_size": MICRO_BATCH},
+            optimizer={"clip_grad": 0.0, "weight_decay": 0.1, "decay_norms": True},
+        )
+        seed_rank(SEED, groups.coordinates)
+        model, vocabulary = self.facts.architecture, self.facts.vocabulary
+        core_config = build_transformer_config(model, self.config.parallel, dtype=torch.float32)
+        self.models = build_model_chunks(
+            core_config, model, vocabulary, groups, "torch", lora=case.lora, seed=SEED
+        )
+        wrapped = wrap_chunks(self.models, self.config.parallel, groups)
+        self.rope = RopeTable(model.head_dim, model.rope_theta, SEQ_LENGTH, groups.device)
+        self.step = PipelineStep(
+            wrapped, groups, self.rope, vocabulary, dtype=torch.float32, loss_reduction="token-mean"
+        )
+        _sum_tied_rows(wrapped[0].config, self.models, groups)
+        self.optimizer = AdamW(wrapped, self.config.optimizer, groups, bf16=False)
+        states = {f"chunk_{i}": base_part(chunk.sharded_state_dict()) for i, chunk in enumerate(self.models)}
+        loaded = load_sharded(checkpoint, {"model": states}, strict="requested")
+        for index, chunk in enumerate(self.models):
+            load_base(chunk, loaded["model"][f"chunk_{index}"])
+        if case.factors == "random":
+            self._set_random_factors()
+        self.optimizer.reload_masters()
+
+    def tensors(self) -> list[Any]:
+        from usdm_megatron.model.lora.state import adapter_state
+
+        return [tensor for chunk in self.models for tensor in adapter_state(chunk)]
+
+    def shards(self, of: Any) -> dict[str, Shard]:
+        """Shards by PEFT's name of `of(parameter)`; a tied copy on the last stage does not count twice."""
+        found: dict[str, Shard] = {}
+        for item in self.tensors():
+            shard = Shard(
+                of(item.parameter).detach().clone(), item.entry.sharded_axis, self.groups.coordinates.tp
+            )
+            found[item.peft_name] = shard
+        return found
+
+    def _set_random_factors(self) -> None:
+        with torch.no_grad():
+            for item in self.tensors():
+                if item.entry.per_layer:
+                    whole = random_factor(item.peft_name, item.entry, self.facts.architecture, self.case.lora)
+                    axis, tp = item.entry.sharded_axis, self.layout.tp
+                    own = whole if axis is None else whole.chunk(tp, dim=axis)[self.groups.coordinates.tp]
+                    item.parameter.copy_(own)
+
+
+def _sum_tied_rows(core_config: Any, models: list[Any], groups: Any) -> None:
+    from usdm_megatron.model.lora.new_rows import sum_tied_rows
+
+    core_finalize = core_config.finalize_model_grads_func
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        core_finalize(*args, **kwargs)
+        sum_tied_rows(models, groups.collection.embd)
+
+    core_config.finalize_model_grads_func = finalize
+
+
+def random_factor(name: str, entry: Any, model: HFArchitecture, lora: LoraSpec) -> Tensor:
+    """A whole A or B that depends on its PEFT name alone; neither is zero."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return 0.1 * torch.randn(entry_shape(entry, model, lora.r), generator=generator)
+
+
+def train(
+    environment: Any,
+    store: Any,
+    layout: Layout,
+    checkpoint: Path,
+    cases: Sequence[Case],
+    rows: Sequence[Row],
+    lrs: Sequence[float] = (0.0,),
+) -> list[Outcome]:
+    """Logits of the first micro-batch, then one update for each of `lrs` on the same global batch."""
+    with jobs.opened(environment, store, layout) as groups:
+        return [_train_case(Built(layout, case, checkpoint, groups), rows, lrs) for case in cases]
+
+
+def _train_case(built: Built, rows: Sequence[Row], lrs: Sequence[float]) -> Outcome:
+    from usdm_megatron.data.order import RowOrder
+    from usdm_megatron.model.logits import packed_logits
+
+    layout, vocabulary = built.layout, built.facts.vocabulary
+    order = RowOrder(len(rows), len(rows), len(rows), MICRO_BATCH, layout.dp)
+    ids = order.rows_of_step(0, built.groups.coordinates.dp).tolist()
+    batches = [
+        jobs.batch_of([rows[row] for row in some], built.config, vocabulary, some).to(built.groups.device)
+        for some in ids
+    ]
+    for model in built.models:
+        model.eval()
+    logits = (
+        []
+        if layout.vpp > 1
+        else packed_logits(built.models, built.rope, batches[:1], vocabulary, torch.float32)
+    )
+    for model in built.models:
+        model.train()
+    frozen = [(p, p.clone()) for model in built.models for p in model.parameters() if not p.requires_grad]
+    targets = sum(sum(map(len, row)) - len(row) for row in rows)
+    losses = []
+    for lr in lrs:
+        result = built.step.train(batches, built.optimizer, targets=targets, lr=lr, stop=lambda: False)
+        losses.append(result.losses.objective)
+    _check_frozen(built, frozen)
+    gradients = built.shards(lambda p: jobs._whole_gradient(p, built.optimizer, built.groups))
+    built.optimizer.finish_update()
+    return Outcome(losses, result.gradient_norm, gradients, built.shards(lambda p: p), logits)
+
+
+def _check_frozen(built: Built, frozen: list[tuple[Tensor, Tensor]]) -> None:
+    """The base has no gradient, no buffer, no optimizer state, and not one bit of it moved."""
+    trained = {id(item.parameter) for item in built.tensors()}
+    everything = sum(1 for model in built.models for _ in model.parameters())
+    assert frozen and trained and len(frozen) + len(trained) == everything
+    for parameter, before in frozen:
+        assert parameter.grad is None and not hasattr(parameter, "main_grad")
+        assert torch.equal(parameter, before)
+    buffers = built.optimizer._sharded.buffers
+    assert {id(p) for buffer in buffers for p in buffer.param_index_map} == trained
+
+
+def peft_model(hf: Path, lora: LoraSpec, vocabulary: Vocabulary, *, tied: bool = False) -> Any:
+    """transformers' model with PEFT's adapters, in fp32; A and B as `random_factor` gives them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig
+
+    ids = list(range(vocabulary.text_size, vocabulary.size))
+    where = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    model = get_peft_model(
+        reference.load_model(hf),
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=sorted(lora.targets),
+            trainable_token_indices=dict.fromkeys(where, ids) if lora.train_new_embeddings else None,
+        ),
+    ).eval()
+    architecture = HFArchitecture.from_hf_config(AutoConfig.from_pretrained(hf).to_dict())
+    parameters = peft_parameters(model)
+    entries = adapter_entries(lora.targets, architecture, train_new_embeddings=lora.train_new_embeddings)
+    names = {entry.peft_name(layer): entry for entry in entries for layer in entry.layers(architecture)}
+    assert names.keys() == parameters.keys()
+    with torch.no_grad():
+        for name, entry in names.items():
+            if entry.per_layer:
+                parameters[name].copy_(random_factor(name, entry, architecture, lora))
+    return model
+
+
+def peft_parameters(model: Any) -> dict[str, Tensor]:
+    """What trains, by the names of `adapter_model.safetensors`."""
+    return {
+        name.replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def assemble(outcomes: Sequence[dict[str, Shard]]) -> dict[str, Tensor]:
+    """Whole tensors from the shards of all ranks; copies on several ranks must be equal to the bit."""
+    by_name: dict[str, dict[int, Shard]] = {}
+    for shards in outcomes:
+        for name, shard in shards.items():
+            known = by_name.setdefault(name, {}).setdefault(shard.tp_rank, shard)
+            assert torch.equal(known.tensor, shard.tensor), f"{name}: stages or replicas differ"
+    whole = {}
+    for name, shards in by_name.items():
+        ordered = [shards[rank] for rank in sorted(shards)]
+        if ordered[0].axis is None:
+            assert all(torch.equal(ordered[0].tensor, shard.tensor) for shard in ordered), (
+                f"{name}: ranks differ"
+            )
+            whole[name] = ordered[0].tensor
+        else:
+            whole[name] = torch.cat([shard.tensor for shard in ordered], dim=ordered[0].axis)
+    return whole

@@ -1,0 +1,173 @@
+"""LoRA at every layout against PEFT on the Hugging Face model (fp32): logits, loss, gradients, updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.model_floor import lora_jobs
+from tests.model_floor.lora_jobs import Case
+from tests.ranks import run_ranks
+from tests.tiny import VOCABULARY, WINDOW
+from tests.training import reference
+from tests.training.jobs import Layout
+from usdm_megatron.model.lora.names import TARGETS
+from usdm_megatron.model.lora.spec import LoraSpec
+from usdm_megatron.vocab import Vocabulary
+
+LOGITS_TOLERANCE = 1e-5  # max |Δ| / max |logit|; PEFT's own fp32 rounding is a fifth of it
+GRADIENT_TOLERANCE = 1e-4  # max |Δ| / max |g| per tensor
+R, ALPHA = 3, 5.0
+# VOCABULARY's new ids all lie on the second of two ranks; these begin on the first: uneven parts
+STRADDLING = Vocabulary(text_size=200, unit_count=200)
+assert STRADDLING.size == VOCABULARY.size
+LENGTHS = [(WINDOW - 1, 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2), (20, 30), (50,), (3, 9, 8, 7)]
+
+
+def make_row(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [[VOCABULARY.bos_id, *rng.integers(2, VOCABULARY.size, n - 1).tolist()] for n in lengths]
+
+
+ROWS = [make_row(seed, lengths) for seed, lengths in enumerate(LENGTHS)]
+
+
+class Models(NamedTuple):
+    hf: Path
+    release: Path
+    straddling: Path
+    tied_hf: Path
+    tied: Path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    directory = tmp_path_factory.mktemp("lora")
+    hf = tiny.write_hf_model(directory / "hf")
+    tied = tiny.write_hf_model(directory / "tied_hf", tie_word_embeddings=True)
+    return Models(
+        hf,
+        tiny.write_checkpoint(hf, directory / "checkpoint") / "release",
+        tiny.write_checkpoint(hf, directory / "straddling", STRADDLING) / "release",
+        tied,
+        tiny.write_checkpoint(tied, directory / "tied", STRADDLING) / "release",
+    )
+
+
+def spec(*targets: str, new: bool = False) -> LoraSpec:
+    return LoraSpec(r=R, alpha=ALPHA, targets=frozenset(targets), train_new_embeddings=new)
+
+
+ALL = spec(*TARGETS)
+QV, KOG, UD, GU = spec("q_proj", "v_proj"), spec("k_proj", "o_proj", "gate_proj"), spec("up_proj", "down_proj"), spec("up_proj", "gate_proj")  # fmt: skip
+FULL = (("recompute_granularity", "full"),)
+CORE = (("recompute_granularity", "selective"),)
+MLP = (*CORE, ("recompute_modules", ("core_attn", "mlp")))
+BLOCK = (*FULL, ("recompute_method", "block"), ("recompute_num_layers", 2))
+
+PARITY = {
+    Layout(): [Case(ALL), Case(QV, FULL), Case(GU, MLP)],
+    Layout(2): [Case(ALL), Case(KOG, FULL), Case(UD, MLP)],
+    Layout(2, sp=True): [Case(ALL, FULL), Case(QV), Case(KOG, CORE), Case(UD, MLP)],
+    Layout(1, 2): [Case(UD, FULL), Case(ALL, CORE), Case(QV, BLOCK)],
+    Layout(2, 2): [Case(ALL, MLP), Case(QV), Case(GU, FULL)],
+    Layout(2, 2, sp=True): [Case(ALL), Case(UD, FULL), Case(KOG, BLOCK)],
+    Layout(1, 1, 2): [Case(ALL), Case(QV, FULL)],
+    Layout(1, 2, vpp=3): [Case(ALL, FULL)],
+}
+
+
+def reference_step(model: torch.nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss over all rows and the gradient of everything that trains, by PEFT's names."""
+    parts = [reference.row_loss(model, row, False) for row in ROWS]
+    loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
+    parameters = lora_jobs.peft_parameters(model)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return loss.item(), dict(zip(parameters, gradients, strict=True))
+
+
+def assert_gradients(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max()
+        assert scale > 0, f"{name} has no gradient: the comparison would be empty"
+        assert (ours[name] - gradient).abs().max() <= GRADIENT_TOLERANCE * scale, name
+
+
+@pytest.mark.parametrize("layout", PARITY, ids=str)
+def test_equals_peft(layout: Layout, models: Models) -> None:
+    by_rank = run_ranks(layout.ranks, lora_jobs.train, layout, models.release, PARITY[layout], ROWS)
+    for index, case in enumerate(PARITY[layout]):
+        model = lora_jobs.peft_model(models.hf, case.lora, VOCABULARY)
+        compare(model, layout, [outcomes[index] for outcomes in by_rank])
+
+
+def compare(model: torch.nn.Module, layout: Layout, outcomes: list[lora_jobs.Outcome]) -> None:
+    if layout.vpp == layout.dp == 1:
+        (logits,) = outcomes[-1].logits
+        for row, padded in zip(ROWS, logits.chunk(lora_jobs.MICRO_BATCH), strict=False):
+            with torch.no_grad():
+                expected = reference.sample_logits(model, row)
+            scale = expected.abs().max()
+            assert (padded[: len(expected)] - expected).abs().max() <= LOGITS_TOLERANCE * scale
+    loss, gradients = reference_step(model)
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    for outcome in outcomes:
+        assert outcome.losses == [pytest.approx(loss, rel=1e-6)]
+        assert outcome.norm == pytest.approx(norm, rel=1e-5)
+    assert_gradients(lora_jobs.assemble([outcome.gradients for outcome in outcomes]), gradients)
+
+
+NEW = spec("v_proj", new=True)
+NEW_ROWS = [Layout(), Layout(2), Layout(2, sp=True), Layout(1, 2), Layout(2, 2, sp=True)]
+
+
+@pytest.mark.parametrize("layout", NEW_ROWS, ids=str)
+@pytest.mark.parametrize("which", ["one rank's", "straddling", "tied"])
+def test_new_rows_equal_peft(which: str, layout: Layout, models: Models) -> None:
+    tied = which == "tied"
+    checkpoint = {"one rank's": models.release, "straddling": models.straddling, "tied": models.tied}[which]
+    vocabulary = VOCABULARY if which == "one rank's" else STRADDLING
+    cases = [Case(NEW), Case(NEW, FULL)]
+    by_rank = run_ranks(layout.ranks, lora_jobs.train, layout, checkpoint, cases, ROWS)
+    for index in range(len(cases)):
+        model = lora_jobs.peft_model(models.tied_hf if tied else models.hf, NEW, vocabulary, tied=tied)
+        compare(model, layout, [outcomes[index] for outcomes in by_rank])
+
+
+OVERLAP = (("overlap_grad_reduce", True), ("overlap_param_gather", True))
+UPDATES = {Layout(): (), Layout(1, 1, 2): OVERLAP, Layout(2, 2, sp=True): OVERLAP}
+LRS = (1e-2, 5e-3, 1e-2)
+
+
+@pytest.mark.parametrize("layout", UPDATES, ids=str)
+def test_updates_equal_peft(layout: Layout, models: Models) -> None:
+    """AdamW on adapters and new rows, weight decay among it; gathers overlapped with the next step."""
+    lora = spec(*TARGETS, new=True)
+    by_rank = run_ranks(
+        layout.ranks, lora_jobs.train, layout, models.straddling, [Case(lora, UPDATES[layout])], ROWS, LRS
+    )
+    model = lora_jobs.peft_model(models.hf, lora, STRADDLING)
+    parameters = lora_jobs.peft_parameters(model)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    losses = []
+    for lr in LRS:
+        loss, gradients = reference_step(model)
+        losses.append(loss)
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    for (outcome,) in by_rank:
+        assert outcome.losses == pytest.approx(losses, rel=1e-5)
+    ours = lora_jobs.assemble([outcome.values for (outcome,) in by_rank])
+    assert ours.keys() == parameters.keys()
+    for name, value in parameters.items():
+        moved = (value - before[name]).abs().max()
+        assert moved > 0 and (ours[name] - value).abs().max() <= 1e-2 * moved, name

@@ -1,0 +1,252 @@
+"""Text files by the line: byte ranges cut at line ends, and decimal ids parsed without a Python loop.
+
+A range of a file can be read anywhere, in any order. Which line it begins with is counted only when a
+message needs to say so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from usdm_megatron.errors import DataError
+
+PART_BYTES = 8 << 20
+LONGEST_LINE_BYTES = 64 << 20  # bounds the memory that a file without line ends can take
+_PROBE_BYTES = 64 << 10
+_MOST_PROBLEMS = 10  # of a part, reported at once
+_CHUNK_BYTES = 64 << 10  # what numpy makes of it stays in the cache
+LINE_END = b"\n"
+_STRAY_BYTE = re.compile(rb"[^0-9 \t\r\n]")
+Record = TypeVar("Record")
+
+
+def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
+    """Sort key under which `part2.txt` comes before `part10.txt`."""
+    pieces = re.split(r"([0-9]+)", str(path))
+    return [(1, int(piece), "") if number % 2 else (0, 0, piece) for number, piece in enumerate(pieces)]
+
+
+def input_files(paths: Sequence[Path], takes: str) -> list[Path]:
+    """The files of `--input` in natural order; a `DataError` that says which are missing or given twice."""
+    problems = [f"{path}: no such file; --input takes {takes}" for path in paths if not path.is_file()]
+    if not paths:
+        problems.append(f"--input: no file given; it takes {takes}")
+    if len(set(paths)) < len(paths):
+        twice = sorted({str(path) for path in paths if paths.count(path) > 1})
+        problems.append(f"--input: {', '.join(twice)} given twice, and it would be trained on twice")
+    if problems:
+        raise DataError(*problems)
+    return sorted(paths, key=natural_key)
+
+
+@dataclass(frozen=True)
+class LinePart:
+    """Whole lines of a file: the bytes from `start` up to `end`."""
+
+    path: Path
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class LinePlace:
+    """Names a line of a `LinePart` by its number in the file: `place(0)` is the part's first line."""
+
+    path: Path
+    start: int  # byte where the part begins
+
+    def __call__(self, line: int) -> str:
+        return f"{self.path} line {self.lines_before + line + 1}"
+
+    @cached_property
+    def lines_before(self) -> int:
+        return count_lines(self.path, self.start)
+
+
+def line_parts(
+    path: Path,
+    holds: str,
+    *,
+    part_bytes: int = PART_BYTES,
+    longest_line_bytes: int = LONGEST_LINE_BYTES,
+) -> list[LinePart]:
+    """Cut a file into parts of whole lines, of at least `part_bytes` bytes each but the last.
+
+    `holds` says what a line holds, for messages. Raises `DataError` for an empty file and for a line
+    longer than `longest_line_bytes`.
+    """
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise DataError(f"{path}: the file is empty; remove it from --input or write it again")
+        starts = [0]
+        with path.open("rb") as file:
+            while starts[-1] + part_bytes < size:
+                at = starts[-1] + part_bytes
+                start = _next_line_start(file, at, size, longest_line_bytes)
+                if start is None:
+                    raise DataError(
+                        f"{path} line {count_lines(path, at) + 1}: longer than "
+                        f"{longest_line_bytes >> 20} MiB; a line holds {holds}"
+                    )
+                starts.append(start)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if starts[-1] == size:
+        starts.pop()
+    return [LinePart(path, start, end) for start, end in zip(starts, [*starts[1:], size], strict=True)]
+
+
+def count_lines(path: Path, end: int) -> int:
+    """Number of line ends in the first `end` bytes of a file."""
+    count = 0
+    with path.open("rb") as file:
+        while end > 0 and (block := file.read(min(PART_BYTES, end))):
+            count += block.count(b"\n")
+            end -= len(block)
+    return count
+
+
+def read_lines(part: LinePart) -> bytes:
+    """The bytes of a part; they end with a line end, also where the file does not."""
+    try:
+        with part.path.open("rb") as file:
+            file.seek(part.start)
+            text = file.read(part.end - part.start)
+    except OSError as error:
+        raise DataError(f"{part.path}: cannot be read ({error.strerror})") from error
+    if len(text) < part.end - part.start:
+        raise DataError(f"{part.path}: became shorter while it was read; start again when it is complete")
+    return text if text.endswith(b"\n") else text + b"\n"
+
+
+@dataclass(frozen=True)
+class NumberLines:
+    """Numbers of consecutive lines: `numbers` `[T]`, `lengths` int64 `[lines]`, each at least 1."""
+
+    numbers: np.ndarray
+    lengths: np.ndarray
+
+
+def parse_id_lines(text: bytes, place: LinePlace, holds: str) -> NumberLines:
+    """Parse lines of decimal ids separated by white space; `text` ends with a line end.
+
+    Raises `DataError` for anything but digits and white space, and for a line without ids.
+    """
+    if text.translate(None, b"0123456789 \t\r\n"):
+        stray = _STRAY_BYTE.search(text)
+        at = stray.start() if stray else 0
+        raise DataError(
+            f"{place(text.count(LINE_END, 0, at))}: {word_around(text, at)!r} is no token id; "
+            "ids are decimal numbers, space separated"
+        )
+    return parse_numbers(text, place, holds)
+
+
+def parse_numbers(text: bytes, place: LinePlace, holds: str) -> NumberLines:
+    """Parse lines that are known to hold decimal numbers and white space alone; a sign counts as white space.
+
+    Numbers are int32, or int64 where one has more than 8 digits; beyond int64 they saturate, and are then
+    outside of any vocabulary. Raises `DataError` for a line without numbers.
+    """
+    numbers, lengths = [], []
+    at = 0
+    while at < len(text):
+        end = text.find(LINE_END, at + _CHUNK_BYTES) + 1 or len(text)
+        chunk = text[at:end]
+        # The byte before a number, and its last one, counted from the line end put before the first.
+        padded = np.frombuffer(b"\n" * 8 + chunk, dtype=np.uint8)
+        is_digit = padded[7:] >= ord("0")
+        edges = np.flatnonzero(is_digit[1:] != is_digit[:-1])
+        befores, lasts = edges[0::2], edges[1::2]
+        line_ends = np.cumsum([len(line) + 1 for line in chunk.split(LINE_END)[:-1]])
+        lengths.append(np.diff(np.searchsorted(lasts, line_ends), prepend=0))
+        numbers.append(_decimals(padded, befores, lasts))
+        at = end
+    found = NumberLines(np.concatenate(numbers), np.concatenate(lengths))
+    if int(found.lengths.min()) == 0:
+        raise DataError(
+            f"{place(int(found.lengths.argmin()))}: the line holds no ids; every line is {holds}: remove it"
+        )
+    return found
+
+
+def _decimals(padded: np.ndarray, befores: np.ndarray, lasts: np.ndarray) -> np.ndarray:
+    """The decimal numbers whose digits end at `lasts`; `befores` are the bytes before them.
+
+    Positions count from byte 7 of `padded`. Eight digits at a time are one 64-bit word: neighbours are
+    joined to pairs, pairs to fours, fours to the number, at twice the speed of `np.fromstring`.
+    """
+    widths = lasts - befores
+    if len(widths) and int(widths.max()) > 8:
+        return np.fromstring(padded.tobytes().replace(b"-", b" "), dtype=np.int64, sep=" ")  # its text mode, not deprecated
+    ending_at = np.ndarray(len(padded) - 7, dtype="<u8", buffer=padded, strides=(1,))  # every 8 bytes
+    words = ending_at[lasts]
+    foreign_bits = (8 - widths).view(np.uint64) << np.uint64(3)  # the first character is the lowest byte
+    words >>= foreign_bits
+    words <<= foreign_bits
+    words &= np.uint64(0x0F0F0F0F0F0F0F0F)
+    words *= np.uint64(10 << 8 | 1)
+    words >>= np.uint64(8)
+    words &= np.uint64(0x00FF00FF00FF00FF)
+    words *= np.uint64(100 << 16 | 1)
+    words >>= np.uint64(16)
+    words &= np.uint64(0x0000FFFF0000FFFF)
+    words *= np.uint64(10_000 << 32 | 1)
+    words >>= np.uint64(32)
+    return words.astype(np.int32)
+
+
+def word_around(text: bytes, at: int) -> str:
+    """The word that a malformed byte stands in, for a message."""
+    begin = max(text.rfind(separator, 0, at) for separator in (b" ", b"\t", LINE_END, b"\r")) + 1
+    return text[begin : begin + 40].split()[0].decode("utf-8", "backslashreplace")
+
+
+def _next_line_start(file: BinaryIO, at: int, size: int, longest_line_bytes: int) -> int | None:
+    """Where the first line at or after `at` begins, or `size`; None when the line before it is too long."""
+    position = at - 1  # a line end just before `at` counts
+    file.seek(position)
+    while position - at <= longest_line_bytes and (block := file.read(_PROBE_BYTES)):
+        found = block.find(b"\n")
+        position += found + 1 if found >= 0 else len(block)
+        if found >= 0:
+            break
+    return min(position, size) if position - at <= longest_line_bytes else None
+
+
+def parse_json_lines(
+    part: LinePart, parse: Callable[[Any, Callable[[], str]], Record], holds: str
+) -> Iterator[Record]:
+    """`parse(content, place)` of every line that is not blank; `holds` says what a line is: `a dialog`.
+
+    Raises a `DataError` at the end with all that is wrong (at most ten problems): bytes that are no UTF-8 or
+    no JSON, and what `parse` raises.
+    """
+    place = LinePlace(part.path, part.start)
+    problems: list[str] = []
+    for number, line in enumerate(read_lines(part).split(LINE_END)):
+        if not line.strip():
+            continue
+        try:
+            record = parse(json.loads(line.decode("utf-8")), partial(place, number))
+        except UnicodeDecodeError as error:
+            problems.append(f"{place(number)}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{place(number)}: not JSON ({error}); every line is {holds}, one object")
+        except DataError as error:
+            problems += error.problems
+        else:
+            yield record
+        if len(problems) >= _MOST_PROBLEMS:
+            break
+    if problems:
+        raise DataError(*problems)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import tyro
@@ -32,6 +32,7 @@ except ImportError:
     numba = None
 
 F = TypeVar("F", bound=Callable[..., object])
+Rows: TypeAlias = list[np.ndarray]  # sample indices of each row
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Measurement:
 def main(options: Options) -> None:
     """Measure and print."""
     lengths = speech_like_lengths(options)
-    contestants: dict[str, Callable[[], Packing]] = {
+    contestants: dict[str, Callable[[], Packing | Rows]] = {
         "best-fit (ours)": lambda: pack(lengths, options.capacity, seed=options.seed),
         "next-fit (ours)": lambda: pack(lengths, options.capacity, method="next-fit", seed=options.seed),
     }
@@ -70,9 +71,7 @@ def main(options: Options) -> None:
         print("numba is not installed: the original's multipack is left out (pip install numba)")
     else:
         _multipack(lengths[:1000], options.capacity, options.seed)  # compile
-        contestants["multipack (original)"] = lambda: _joined(
-            _multipack(lengths, options.capacity, options.seed)
-        )
+        contestants["multipack (original)"] = lambda: _multipack(lengths, options.capacity, options.seed)
     pack(lengths[:1000], options.capacity)
     cpu_s: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.repeats):
@@ -111,11 +110,12 @@ def speech_like_lengths(options: Options) -> np.ndarray:
 
 
 def _measure(
-    run: Callable[[], Packing], cpu_s: list[float], lengths: np.ndarray, options: Options
+    run: Callable[[], Packing | Rows], cpu_s: list[float], lengths: np.ndarray, options: Options
 ) -> Measurement:
     before_kib = _reset_peak_kib()
-    packing = run()
+    found = run()
     peak_kib = _status_kib("VmHWM")
+    packing = found if isinstance(found, Packing) else _joined(found)
     row_tokens = packing.row_tokens(lengths)
     if row_tokens.max() > options.capacity or not (np.bincount(packing.order) == 1).all():
         raise AssertionError("not a packing")
@@ -213,14 +213,14 @@ def _allocate(
         result.append(rows[rank])
 
 
-def _multipack(lengths: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
+def _multipack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
     """What stage 3 iterates over: an array of sample indices a row."""
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
     rows = _allocate(lengths[shuffled], np.cumsum(lengths[shuffled]), 0, capacity, 1)
     return [shuffled[row] for row in rows]
 
 
-def _joined(rows: list[np.ndarray]) -> Packing:
+def _joined(rows: Rows) -> Packing:
     return Packing(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
 
 

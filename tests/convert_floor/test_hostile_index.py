@@ -20,12 +20,13 @@ from usdm_megatron.convert.name_table import architecture_table
 from usdm_megatron.errors import ConversionError
 
 
-def write_sharded(directory: Path, weight_map: object) -> Path:
+def write_sharded(directory: Path, weight_map: object, metadata: object = None) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text("{}")
     (directory / "1.safetensors").write_bytes(file_bytes({"a": A}, DATA[:24]))
     (directory / "2.safetensors").write_bytes(file_bytes({"b": {**B, "data_offsets": [0, 8]}}, DATA[24:]))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
 
 
@@ -104,9 +105,11 @@ def test_fuzzed_indexes(tmp_path: Path) -> None:
     changes = st.dictionaries(st.sampled_from("ab") | st.text(max_size=3), FILE_NAMES | ANY_JSON, max_size=2)
 
     @settings(max_examples=300, deadline=None)
-    @given(partial | st.builds(lambda known, change: {**known, **change}, partial, changes) | ANY_JSON)
-    def fuzz(weight_map: object) -> None:
-        source = check_index(write_sharded(tmp_path, weight_map), outcomes)
+    @given(
+        partial | st.builds(lambda known, change: {**known, **change}, partial, changes) | ANY_JSON, ANY_JSON
+    )
+    def fuzz(weight_map: object, metadata: object) -> None:
+        source = check_index(write_sharded(tmp_path, weight_map, metadata), outcomes)
         assert source is None or (isinstance(weight_map, dict) and weight_map.keys() <= source.tensors.keys())
 
     fuzz()

@@ -160,6 +160,16 @@ def test_nan_is_a_difference_and_the_report_stays_json(models: Models, tmp_path:
     assert "NaN" not in text and json.loads(text)["max_abs_difference"] is None
 
 
+def test_another_architecture_is_refused_by_its_fields(models: Models, tmp_path: Path) -> None:
+    other = shutil.copytree(models.hf, tmp_path / "other")
+    edit_json(other / "config.json", num_hidden_layers=LAYERS - 1, rms_norm_eps=1e-5)
+    ((problems,),) = run_ranks(1, verify, [VerifyOptions(hf_path=other, load=models.root)], 512)
+    assert problems == (
+        f"not the same model (checkpoint != {other}): layers: 4 != 3",
+        f"not the same model (checkpoint != {other}): rms_eps: 0.0003 != 1e-05",
+    )
+
+
 def test_the_reference_is_the_class_of_the_table_and_no_code_of_the_sources(
     models: Models, tmp_path: Path
 ) -> None:

@@ -53,8 +53,8 @@ def stores_in(directory: Path) -> set[str]:
 
 
 def test_both_inputs_give_the_same_store(tmp_path: Path, cache: Path, parts: list[Path]) -> None:
-    from_cache = preprocess_cache(cache, str(tmp_path / "C"), StoreOptions(seq_length=10))
-    from_text = preprocess_packed(parts, str(tmp_path / "T"), StoreOptions(seq_length=10))
+    from_cache = preprocess_cache(cache, str(tmp_path / "C"), StoreOptions(seq_length=10)).summaries
+    from_text = preprocess_packed(parts, str(tmp_path / "T"), StoreOptions(seq_length=10)).summaries
     assert sorted(from_cache) == [str(tmp_path / "C_test"), str(tmp_path / "C_train")]
     train, text = TokenStore.open(tmp_path / "C_train"), TokenStore.open(tmp_path / "T")
     assert train.identity == text.identity

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tests.tiny import VOCABULARY, WINDOW
 from tests.training import jobs, reference
 from tests.training.jobs import Layout, Row
 from usdm_megatron.architecture import HFArchitecture
@@ -20,6 +22,29 @@ from usdm_megatron.vocab import Vocabulary
 
 SEED = 11
 MICRO_BATCH, SEQ_LENGTH = 2, 56
+R, ALPHA = 3, 5.0
+# VOCABULARY's new ids all lie on the second of two ranks; these begin on the first: uneven parts
+STRADDLING = Vocabulary(text_size=200, unit_count=200)
+assert STRADDLING.size == VOCABULARY.size
+LENGTHS = [(WINDOW - 1, 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2), (20, 30), (50,), (3, 9, 8, 7)]
+
+
+def make_row(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [[VOCABULARY.bos_id, *rng.integers(2, VOCABULARY.size, n - 1).tolist()] for n in lengths]
+
+
+ROWS = [make_row(seed, lengths) for seed, lengths in enumerate(LENGTHS)]
+
+
+def spec(*targets: str, new: bool = False) -> LoraSpec:
+    return LoraSpec(r=R, alpha=ALPHA, targets=frozenset(targets), train_new_embeddings=new)
+
+
+FULL = (("recompute_granularity", "full"),)
+CORE = (("recompute_granularity", "selective"),)
+MLP = (*CORE, ("recompute_modules", ("core_attn", "mlp")))
+BLOCK = (*FULL, ("recompute_method", "block"), ("recompute_num_layers", 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,17 +13,15 @@ import torch
 from torch import Tensor
 
 from tests.model_floor import lora_jobs
-from tests.model_floor.lora_jobs import Built, Case
-from tests.model_floor.test_lora_parity import BLOCK, FULL, MLP, ROWS, STRADDLING, Models, models, spec
+from tests.model_floor.lora_jobs import BLOCK, FULL, MLP, ROWS, STRADDLING, Built, Case, spec
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
-from tests.training import jobs
+from tests.training import jobs, reference
 from tests.training.jobs import Layout
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.model.lora.names import TARGETS, adapter_entries, entry_of_peft, entry_shape
 from usdm_megatron.model.lora.spec import LoraSpec
 
-__all__ = ["models"]  # the fixture
 ARCHITECTURE = HFArchitecture.from_hf_config(MODEL)
 ALL_AND_ROWS = spec(*TARGETS, new=True)
 
@@ -33,7 +32,7 @@ def initial_values(environment: Any, store: Any, layout: Layout, checkpoint: Pat
         return built.shards(lambda parameter: parameter)
 
 
-def test_initial_values_at_any_layout(models: Models) -> None:
+def test_initial_values_at_any_layout(models: Any) -> None:
     layouts = [Layout(), Layout(2, sp=True), Layout(2, 2), Layout(1, 3), Layout(1, 2, vpp=3)]
     first, *others = (
         lora_jobs.assemble(run_ranks(layout.ranks, initial_values, layout, models.straddling))
@@ -56,7 +55,7 @@ def test_initial_values_at_any_layout(models: Models) -> None:
             assert value.mean().abs() < 0.25 * bound
             distinct.add(value.flatten()[0].item())
     assert len(distinct) == len(TARGETS) * ARCHITECTURE.layers
-    hf = lora_jobs.reference.load_model(models.hf)
+    hf = reference.load_model(models.hf)
     rows = slice(STRADDLING.text_size, STRADDLING.size)
     for name, weight in (("model.embed_tokens", hf.model.embed_tokens), ("lm_head", hf.lm_head)):
         ours = first[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"]
@@ -67,18 +66,17 @@ def dropped(
     environment: Any, store: Any, layout: Layout, checkpoint: Path, cases: list[Case], rows: Any
 ) -> list[tuple[dict[str, Any], list[Tensor]]]:
     """Gradients of one step, and where every dropout of it, in order, put zeros."""
-    import torch.nn.functional as F
+    from usdm_megatron.model.lora import adapter
 
     masks: list[Tensor] = []
-    original = F.dropout
+    original = adapter.F.dropout
 
-    def recorded(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        output = original(x, p, training, inplace)
-        if training and p > 0:
-            masks.append(output == 0)
+    def recorded(x: Tensor, p: float) -> Tensor:
+        output = original(x, p)
+        masks.append(output == 0)
         return output
 
-    F.dropout = recorded
+    adapter.F = SimpleNamespace(**{**vars(adapter.F), "dropout": recorded})
     results = []
     for case in cases:
         masks.clear()
@@ -108,7 +106,7 @@ RECOMPUTED = {
 
 
 @pytest.mark.parametrize("layout", RECOMPUTED, ids=str)
-def test_recompute_replays_dropout(layout: Layout, models: Models) -> None:
+def test_recompute_replays_dropout(layout: Layout, models: Any) -> None:
     """Gradients with recompute and without are the same; without dropout they are others."""
     no_dropout = LoraSpec(r=3, alpha=5.0, targets=DROPOUT.targets)
     cases = [Case(DROPOUT), Case(no_dropout), *(Case(DROPOUT, extra) for extra in RECOMPUTED[layout])]
@@ -123,7 +121,7 @@ def test_recompute_replays_dropout(layout: Layout, models: Models) -> None:
             assert (again[name] - gradient).abs().max() <= 1e-6 * scale, name
 
 
-def masks_of(layout: Layout, models: Models, rows: Any = ROWS) -> list[list[Tensor]]:
+def masks_of(layout: Layout, models: Any, rows: Any = ROWS) -> list[list[Tensor]]:
     by_rank = run_ranks(layout.ranks, dropped, layout, models.release, [Case(DROPOUT)], rows)
     masks = [results[0][1] for results in by_rank]
     layers, targets, micro_batches = 6 // layout.pp, 4, len(rows) // layout.dp // lora_jobs.MICRO_BATCH
@@ -136,7 +134,7 @@ def masks_of(layout: Layout, models: Models, rows: Any = ROWS) -> list[list[Tens
 ROW_PARALLEL = [False, False, True, True]  # q, v, o, down: in the order of a layer
 
 
-def test_dropout_over_tensor_parallel_ranks(models: Models) -> None:
+def test_dropout_over_tensor_parallel_ranks(models: Any) -> None:
     """The same input has the same mask on every rank; what ranks divide, features or tokens, has its own."""
     first, second = masks_of(Layout(2), models)
     for index, (ours, theirs) in enumerate(zip(first, second, strict=True)):
@@ -147,7 +145,7 @@ def test_dropout_over_tensor_parallel_ranks(models: Models) -> None:
         assert not any(torch.equal(q, v) for q, v in zip(own[::4], own[1::4], strict=True))
 
 
-def test_dropout_differs_between_replicas(models: Models) -> None:
+def test_dropout_differs_between_replicas(models: Any) -> None:
     first, second = masks_of(Layout(1, 1, 2), models)
     assert not any(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
 
@@ -183,7 +181,7 @@ def adapter_parts(built: Built, part: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("which", ["straddling", "release", "tied"])
-def test_checkpoint_of_the_adapter_at_any_layout(which: str, models: Models, tmp_path: Path) -> None:
+def test_checkpoint_of_the_adapter_at_any_layout(which: str, models: Any, tmp_path: Path) -> None:
     from usdm_megatron.checkpoint.store import load_full_tensors, single_process_group, stored_tensors
 
     base = getattr(models, which)

@@ -2,73 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests import tiny
 from tests.model_floor import lora_jobs
-from tests.model_floor.lora_jobs import Case
+from tests.model_floor.lora_jobs import BLOCK, CORE, FULL, MLP, ROWS, STRADDLING, Case, spec
 from tests.ranks import run_ranks
-from tests.tiny import VOCABULARY, WINDOW
+from tests.tiny import VOCABULARY
 from tests.training import reference
 from tests.training.jobs import Layout
 from usdm_megatron.model.lora.names import TARGETS
-from usdm_megatron.model.lora.spec import LoraSpec
-from usdm_megatron.vocab import Vocabulary
 
 LOGITS_TOLERANCE = 1e-5  # max |Δ| / max |logit|; PEFT's own fp32 rounding is a fifth of it
 GRADIENT_TOLERANCE = 1e-4  # max |Δ| / max |g| per tensor
-R, ALPHA = 3, 5.0
-# VOCABULARY's new ids all lie on the second of two ranks; these begin on the first: uneven parts
-STRADDLING = Vocabulary(text_size=200, unit_count=200)
-assert STRADDLING.size == VOCABULARY.size
-LENGTHS = [(WINDOW - 1, 1, WINDOW, WINDOW + 1, 3 * WINDOW, 2), (20, 30), (50,), (3, 9, 8, 7)]
-
-
-def make_row(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [[VOCABULARY.bos_id, *rng.integers(2, VOCABULARY.size, n - 1).tolist()] for n in lengths]
-
-
-ROWS = [make_row(seed, lengths) for seed, lengths in enumerate(LENGTHS)]
-
-
-class Models(NamedTuple):
-    hf: Path
-    release: Path
-    straddling: Path
-    tied_hf: Path
-    tied: Path
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    directory = tmp_path_factory.mktemp("lora")
-    hf = tiny.write_hf_model(directory / "hf")
-    tied = tiny.write_hf_model(directory / "tied_hf", tie_word_embeddings=True)
-    return Models(
-        hf,
-        tiny.write_checkpoint(hf, directory / "checkpoint") / "release",
-        tiny.write_checkpoint(hf, directory / "straddling", STRADDLING) / "release",
-        tied,
-        tiny.write_checkpoint(tied, directory / "tied", STRADDLING) / "release",
-    )
-
-
-def spec(*targets: str, new: bool = False) -> LoraSpec:
-    return LoraSpec(r=R, alpha=ALPHA, targets=frozenset(targets), train_new_embeddings=new)
-
 
 ALL = spec(*TARGETS)
-QV, KOG, UD, GU = spec("q_proj", "v_proj"), spec("k_proj", "o_proj", "gate_proj"), spec("up_proj", "down_proj"), spec("up_proj", "gate_proj")  # fmt: skip
-FULL = (("recompute_granularity", "full"),)
-CORE = (("recompute_granularity", "selective"),)
-MLP = (*CORE, ("recompute_modules", ("core_attn", "mlp")))
-BLOCK = (*FULL, ("recompute_method", "block"), ("recompute_num_layers", 2))
+QV, GU, UD = spec("q_proj", "v_proj"), spec("gate_proj", "up_proj"), spec("up_proj", "down_proj")
+KOG = spec("k_proj", "o_proj", "gate_proj")
 
 PARITY = {
     Layout(): [Case(ALL), Case(QV, FULL), Case(GU, MLP)],
@@ -100,7 +52,7 @@ def assert_gradients(ours: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("layout", PARITY, ids=str)
-def test_equals_peft(layout: Layout, models: Models) -> None:
+def test_equals_peft(layout: Layout, models: Any) -> None:
     by_rank = run_ranks(layout.ranks, lora_jobs.train, layout, models.release, PARITY[layout], ROWS)
     for index, case in enumerate(PARITY[layout]):
         model = lora_jobs.peft_model(models.hf, case.lora, VOCABULARY)
@@ -129,7 +81,7 @@ NEW_ROWS = [Layout(), Layout(2), Layout(2, sp=True), Layout(1, 2), Layout(2, 2, 
 
 @pytest.mark.parametrize("layout", NEW_ROWS, ids=str)
 @pytest.mark.parametrize("which", ["one rank's", "straddling", "tied"])
-def test_new_rows_equal_peft(which: str, layout: Layout, models: Models) -> None:
+def test_new_rows_equal_peft(which: str, layout: Layout, models: Any) -> None:
     tied = which == "tied"
     checkpoint = {"one rank's": models.release, "straddling": models.straddling, "tied": models.tied}[which]
     vocabulary = VOCABULARY if which == "one rank's" else STRADDLING
@@ -146,7 +98,7 @@ LRS = (1e-2, 5e-3, 1e-2)
 
 
 @pytest.mark.parametrize("layout", UPDATES, ids=str)
-def test_updates_equal_peft(layout: Layout, models: Models) -> None:
+def test_updates_equal_peft(layout: Layout, models: Any) -> None:
     """AdamW on adapters and new rows, weight decay among it; gathers overlapped with the next step."""
     lora = spec(*TARGETS, new=True)
     by_rank = run_ranks(

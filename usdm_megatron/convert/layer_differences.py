@@ -41,8 +41,8 @@ class LayerDifferences:
         states, first = self.by_depth, self.first
         if first is None:
             headline = (
-                "no layer stands out: the difference is small and grows with depth, as rounding does; if it is "
-                "that, --tolerance is too small for this model"
+                "no layer stands out: the difference is small and grows with depth, as rounding does; "
+                "if it is that, --tolerance is too small for this model"
             )
         else:
             before = max((state.max_abs_difference for state in states[:first]), default=0.0)

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.architecture import identity_differences, model_identity
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
 from usdm_megatron.checkpoint.ranks import on_rank_zero
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
@@ -84,7 +84,7 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
             lambda: resolve_checkpoint(options.load, options.ckpt_step, fallback=False),
         )
         facts = read_facts(resolved.path)
-        columns = min(_source_columns(options.hf_path), facts.vocabulary.size)
+        columns = _common_columns(options.hf_path, facts)
         whole = build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED)
         row = _shortened(_below(whole, columns), options.sequence_length)
         ours = OurSide(facts, groups, options.core_attention)
@@ -202,9 +202,18 @@ def _place_of(row: VerificationRow, sample: int) -> slice:
     return slice(start, start + row.sample_lengths[sample])
 
 
-def _source_columns(hf_path: Path) -> int:
-    """Rows of the source's vocabulary: without the new tokens when it is not extended."""
-    return HFArchitecture.from_hf_config(read_json_object(hf_path / "config.json")).vocab_size
+def _common_columns(hf_path: Path, facts: CheckpointFacts) -> int:
+    """Rows of the vocabulary that both have: without the new tokens when the source is not extended.
+
+    Raises `ConversionError` when the configs describe different models: no layer is to blame then.
+    """
+    ours, theirs = model_identity(facts.hf_config), model_identity(read_json_object(hf_path / "config.json"))
+    columns = min(ours.pop("vocab_size"), theirs.pop("vocab_size"))
+    if differences := identity_differences(ours, theirs):
+        raise ConversionError(
+            *(f"not the same model (checkpoint != {hf_path}): {difference}" for difference in differences)
+        )
+    return columns
 
 
 def _below(row: VerificationRow, columns: int) -> VerificationRow:

@@ -6,7 +6,8 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,7 +48,7 @@ def open_locked(path: Path, what: str | Path) -> BinaryIO:
 
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     """Write `pieces` one after another as the file `path`, which then is whole and on disk."""
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several may write the same at once
     try:
         with temporary.open("wb") as file:
             for piece in pieces:
@@ -58,6 +59,13 @@ def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def remove_leftovers(directory: Path, names: Collection[str]) -> None:
+    """Remove what killed calls of `write_atomically` left of the files `names`."""
+    for path in directory.glob("*.tmp"):
+        if path.name.rsplit(".", 2)[0] in names:
+            path.unlink(missing_ok=True)
 
 
 def sync(file: BinaryIO) -> None:

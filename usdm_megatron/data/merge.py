@@ -48,11 +48,24 @@ def merge_parts(
     result = published_result(output_prefix, plan)
     if result is None:
         parts = _whole_parts(plan, directory, executor)
-        was_renaming = _published_record(directory).get("stage") == "publishing"  # a killed run of ours
-        result = _publish(output_prefix, plan, parts, overwrite or was_renaming)
+        result = _publish(output_prefix, plan, parts, overwrite or was_publishing(output_prefix))
     if not keep_parts:
         _remove(directory)
     return result
+
+
+def was_publishing(output_prefix: str) -> bool:
+    """Whether a run was killed while it gave several stores their names: what is there of them is its own."""
+    return _published_record(parts_directory(output_prefix)).get("stage") == "publishing"
+
+
+def store_names(plan: PartsPlan) -> list[str]:
+    """The splits that a plan gives, `['']` for a single store."""
+    return ["train", "test"] if plan.merge and plan.merge.split else list(plan.stores)
+
+
+def store_prefix(output_prefix: str, name: str) -> str:
+    return f"{output_prefix}_{name}" if name else output_prefix
 
 
 def published_result(output_prefix: str, plan: PartsPlan) -> MergeResult | None:
@@ -62,7 +75,7 @@ def published_result(output_prefix: str, plan: PartsPlan) -> MergeResult | None:
         return None
     summaries = {}
     for name, identity in record["stores"].items():
-        prefix = _store_prefix(output_prefix, name)
+        prefix = store_prefix(output_prefix, name)
         try:
             opened = TokenStore.open(prefix)
         except DataError:
@@ -132,7 +145,8 @@ class _Store:
 def _row_store(name: str, parts: Sequence[Part]) -> _Store:
     def append_to(writer: TokenStoreWriter) -> None:
         for part in parts:
-            writer.append(*(part.arrays[key] for key in ("tokens", "sample_lengths", "samples_per_row")))
+            found = part.arrays
+            writer.append(found["tokens"], found["sample_lengths"], found["samples_per_row"])
 
     samples = sum(len(part.arrays["sample_lengths"]) for part in parts)
     return _Store(name, name, samples, sum(len(part.arrays["tokens"]) for part in parts), append_to)
@@ -142,9 +156,7 @@ def _sample_stores(
     name: str, parts: list[Part], plan: PartsPlan, options: MergeOptions, rejected: Rejected
 ) -> list[_Store]:
     samples = MergedSamples.of(parts)
-    kept = np.arange(len(samples.lengths))
-    if plan.ids_are_unique:
-        kept = samples.without_duplicates(rejected)
+    kept = samples.without_duplicates(plan.id_rule, rejected)
     if options.strict and rejected.listed:
         raise strict_error(rejected.listed, rejected.by_reason.total())
     if not len(kept):
@@ -152,7 +164,7 @@ def _sample_stores(
     chosen = {name: kept}
     if options.split is not None:
         is_test = in_test_split(samples.utterances[kept], options.split[1], options.seed)
-        chosen = {"train": kept[~is_test], "test": kept[is_test]}
+        chosen = dict(zip(store_names(plan), (kept[~is_test], kept[is_test]), strict=True))
     return [
         _Store(
             split,
@@ -199,7 +211,7 @@ def _publish(
             write_atomically(report, _report_json(plan, summaries, rejected))
     _record_stage(output_prefix, plan, "published", summaries, rejected)
     return MergeResult(
-        {_store_prefix(output_prefix, name): summary for name, summary in summaries.items()},
+        {store_prefix(output_prefix, name): summary for name, summary in summaries.items()},
         dict(rejected.by_reason),
         report,
     )
@@ -220,7 +232,7 @@ def _write(
         writers = [
             stack.enter_context(
                 TokenStoreWriter(
-                    _store_prefix(output_prefix, store.name),
+                    store_prefix(output_prefix, store.name),
                     plan.vocabulary,
                     row_capacity=plan.seq_length,
                     overwrite=overwrite,
@@ -265,10 +277,6 @@ def _check_space(output_prefix: str, plan: PartsPlan, stores: Sequence[_Store]) 
         for store in stores
     )
     check_free_space(parts_directory(output_prefix).parent, needed, "the store")
-
-
-def _store_prefix(output_prefix: str, name: str) -> str:
-    return f"{output_prefix}_{name}" if name else output_prefix
 
 
 def _report_path(output_prefix: str, plan: PartsPlan) -> Path | None:

@@ -17,6 +17,7 @@ import numpy as np
 from usdm_megatron.data.loss_mask import MASK_DTYPE, without_first_tokens
 from usdm_megatron.data.packing import Packing
 from usdm_megatron.data.part_files import Part
+from usdm_megatron.data.parts_plan import IdRule
 from usdm_megatron.data.samples import Rejection
 from usdm_megatron.data.token_store_writer import TokenStoreWriter
 from usdm_megatron.errors import DataError
@@ -54,12 +55,18 @@ class MergedSamples:
     def have_loss_mask(self) -> bool:
         return any("loss_mask" in part.arrays for part in self.parts)
 
-    def without_duplicates(self, rejected: Rejected) -> np.ndarray:
-        """int64 indices of the samples that are the first of their utterance and group; counts the others."""
-        is_first = first_of_each(self.utterances, self.groups)
-        again = np.flatnonzero(~is_first)
+    def without_duplicates(self, rule: IdRule, rejected: Rejected) -> np.ndarray:
+        """int64 indices of the samples whose id came as `rule` says; counts the others."""
+        if rule == "any" or not len(self.lengths):
+            return np.arange(len(self.lengths))
+        heads = np.arange(len(self.lengths))
+        if rule == "together":
+            heads = np.flatnonzero(np.diff(self.utterances, prepend=~self.utterances[:1]))
+        is_first = first_of_each(self.utterances[heads], self.groups[heads])
+        is_kept = np.repeat(is_first, np.diff(heads, append=len(self.lengths)))
+        again = np.flatnonzero(~is_kept)
         rejected.add({DUPLICATE: len(again)} if len(again) else {}, map(self._duplicate, again.tolist()))
-        return np.flatnonzero(is_first)
+        return np.flatnonzero(is_kept)
 
     def _duplicate(self, index: int) -> Rejection:
         part = self.part_of_sample[index]

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from usdm_megatron.data.file_writing import reported, write_atomically
 from usdm_megatron.data.packing import PackingMethod
@@ -25,6 +25,9 @@ from usdm_megatron.vocab import Vocabulary
 FORMAT_VERSION = 1
 PLAN_NAME = "plan.json"
 PUBLISHED_NAME = "published"
+# How often an id may come: once an epoch (utterances), in samples that follow one another (dialogs), or as
+# often as it likes (ids that are made from the content).
+IdRule = Literal["once", "together", "any"]
 SINGLE_FILES = 1000
 FILES_TOGETHER = 4096
 
@@ -125,7 +128,7 @@ class PartsPlan:
     tokenizer_sha256: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the source; recorded in the store
     merge: MergeOptions | None = None  # None: parts hold whole rows, and keep their order
-    ids_are_unique: bool = False  # the input names utterances: one that comes twice in an epoch is rejected
+    id_rule: IdRule = "any"
 
     @property
     def parts(self) -> int:

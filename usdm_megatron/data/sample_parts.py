@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from usdm_megatron.data.executors import Executor
-from usdm_megatron.data.file_writing import open_locked, reported, write_atomically
+from usdm_megatron.data.file_writing import open_locked, remove_leftovers, reported, write_atomically
 from usdm_megatron.data.loss_mask import without_first_tokens
 from usdm_megatron.data.merged_samples import LISTED_REJECTIONS, strict_error
 from usdm_megatron.data.part_files import PartFiles, open_part, write_part
@@ -53,10 +53,13 @@ def make_parts(
         lock_file = open_locked(lock, f"{directory}, shard {shard.index}/{shard.count}")
     with lock_file:
         hashing = _own(shard, _file_tasks(inputs, plan))
+        making = _own(shard, _part_tasks(inputs))
+        names = {path.name for task in making for path in task.paths(directory)}
+        names |= {path.name for task in hashing for path in task.paths(directory)}
+        remove_leftovers(directory, names)
         with contextlib.closing(executor.map(_FileHasher(plan.id, directory), hashing)) as hashed:
             for _ in hashed:
                 pass
-        making = _own(shard, _part_tasks(inputs))
         maker = _PartMaker({store: given.source for store, given in inputs.items()}, plan, directory)
         with contextlib.closing(executor.map(maker, making)) as made:
             for done, _ in enumerate(made, 1):
@@ -79,6 +82,10 @@ class _PartTask:
     number: int
     store: str
     part: Any
+
+    def paths(self, directory: Path) -> tuple[Path, ...]:
+        files = PartFiles(directory, self.number)
+        return files.bin, files.json
 
 
 def _part_tasks(inputs: Mapping[str, Input]) -> Iterator[_PartTask]:
@@ -163,6 +170,9 @@ class _FileTask:
 
     number: int
     files: list[tuple[str, Path]]
+
+    def paths(self, directory: Path) -> tuple[Path, ...]:
+        return (sources_path(directory, self.number),)
 
 
 def sources_path(directory: Path, number: int) -> Path:

@@ -187,7 +187,9 @@ def _decimals(padded: np.ndarray, befores: np.ndarray, lasts: np.ndarray) -> np.
     """
     widths = lasts - befores
     if len(widths) and int(widths.max()) > 8:
-        return np.fromstring(padded.tobytes().replace(b"-", b" "), dtype=np.int64, sep=" ")  # its text mode, not deprecated
+        return np.fromstring(
+            padded.tobytes().replace(b"-", b" "), dtype=np.int64, sep=" "
+        )  # its text mode, not deprecated
     ending_at = np.ndarray(len(padded) - 7, dtype="<u8", buffer=padded, strides=(1,))  # every 8 bytes
     words = ending_at[lasts]
     foreign_bits = (8 - widths).view(np.uint64) << np.uint64(3)  # the first character is the lowest byte

@@ -9,6 +9,7 @@ import megatron.core.models.gpt  # noqa: F401
 import megatron.core.optimizer  # noqa: F401
 import torch  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 import transformers.models.mistral.modeling_mistral  # noqa: F401
 
 import usdm_megatron.train.engine  # noqa: F401

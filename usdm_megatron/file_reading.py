@@ -11,6 +11,7 @@ from typing import Any
 from usdm_megatron.errors import ConversionError
 
 _BLOCK_BYTES = 1 << 20
+_MOST_JSON_BYTES = 256 << 20  # the largest tokenizers take 40 MB; parsing takes ten times the size
 
 
 def file_sha256(path: Path, stopped: threading.Event | None = None) -> str:
@@ -25,6 +26,8 @@ def file_sha256(path: Path, stopped: threading.Event | None = None) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; raises `ConversionError` when it does not."""
     try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ConversionError(f"{path} is larger than {_MOST_JSON_BYTES >> 20} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing") from error

@@ -64,11 +64,11 @@ def test_other_architectures_are_refused_with_the_list(
     small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = small_model()
-    edit_json(source / "config.json", architectures=["GPT2LMHeadModel"])
+    edit_json(source / "config.json", architectures=["Qwen2ForCausalLM"])
     refuse(
         source,
         tmp_path / "ck",
-        "GPT2LMHeadModel.*supported are MistralForCausalLM, CustomMistralForCausalLM, LlamaForCausalLM",
+        "Qwen2ForCausalLM.*supported are MistralForCausalLM, CustomMistralForCausalLM, LlamaForCausalLM",
     )
 
 

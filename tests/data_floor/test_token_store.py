@@ -441,7 +441,9 @@ def test_a_header_cut_short(write_store: Callable[..., TokenStore]) -> None:
         ({"tokenizer_sha256": 5}, "a field is missing or malformed"),
         ({"sources": [{"name": "x"}]}, "a field is missing or malformed"),
         ({"options": 3}, "a field is missing or malformed"),
-        ({"format_version": 2}, "format version 2, this package reads 1"),
+        ({"format_version": 3}, "format version 3, this package reads 1 and 2"),
+        ({"format_version": 2}, "a field is missing or malformed"),  # and no loss mask
+        ({"loss_mask": {"targets": 1}}, "a field is missing or malformed"),
     ],
 )
 def test_a_summary_that_disagrees(

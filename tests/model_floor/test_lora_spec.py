@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.checkpoint.store import single_process_group
 from usdm_megatron.config import ParallelConfig
 from usdm_megatron.convert.name_table import entry_of_parameter as base_entry
 from usdm_megatron.convert.name_table import from_hf
@@ -157,7 +157,7 @@ def test_transformation_leaves_its_input_alone() -> None:
 
 
 class NormedLinear(torch.nn.Module):
-    """The outside of core's `TELayerNormColumnParallelLinear`: norms inside, hands the normed input out on demand."""
+    """Core's `TELayerNormColumnParallelLinear` from outside: it norms; the normed input comes on demand."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: Any, tp_group: Any, stride: int = 1
@@ -174,18 +174,18 @@ class NormedLinear(torch.nn.Module):
 
 def test_any_class_that_the_spec_names() -> None:
     """A spec like Transformer Engine's: fused norm, class given as a `ModuleSpec` with parameters."""
-    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     lora = LoraSpec(r=2, alpha=3, targets=frozenset({"k_proj", "gate_proj"}))
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.mlp.submodules.linear_fc1 = ModuleSpec(module=NormedLinear, params={"stride": 2})
     spec = with_lora(layer, lora).submodules.mlp.submodules.linear_fc1
-    linear = spec(MODEL.hidden, 2 * MODEL.ffn, config=CONFIG, tp_group=group)
-    assert isinstance(linear, NormedLinear) and list(linear.adapters) == ["gate_proj"]
-    adapter = linear.adapters["gate_proj"]
-    torch.nn.init.normal_(adapter.lora_a)
-    torch.nn.init.normal_(adapter.lora_b)
     x = torch.randn(5, 1, MODEL.hidden)
-    output, bias = linear(x)
+    with single_process_group():
+        linear = spec(MODEL.hidden, 2 * MODEL.ffn, config=CONFIG, tp_group=torch.distributed.group.WORLD)
+        assert isinstance(linear, NormedLinear) and list(linear.adapters) == ["gate_proj"]
+        adapter = linear.adapters["gate_proj"]
+        torch.nn.init.normal_(adapter.lora_a)
+        torch.nn.init.normal_(adapter.lora_b)
+        output, bias = linear(x)
     normed = F.rms_norm(x, (x.size(-1),))
     expected = F.linear(normed, linear.weight)
     expected[..., : MODEL.ffn] += 1.5 * F.linear(F.linear(normed, adapter.lora_a), adapter.lora_b)

@@ -1,77 +1,39 @@
-"""`tools/preprocess_data.py` and `usdm-megatron preprocess`: flags of the preprocessor."""
+"""`tools/preprocess_data.py` and `usdm-megatron preprocess`: the commands of the preprocessor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from usdm_megatron.data.preprocess import StoreOptions, preprocess_cache, preprocess_packed
+from usdm_megatron.cli.preprocess_corpora import DialogFlags, SpeechTextFlags
+from usdm_megatron.cli.preprocess_flags import WorkFlags
+from usdm_megatron.cli.preprocess_ids import CacheFlags, PackedFlags, SamplesFlags, SftFlags
+from usdm_megatron.data.merge import MergeResult, merge_parts
+from usdm_megatron.data.parts_plan import parts_directory
 from usdm_megatron.data.token_store import StoreSummary
-from usdm_megatron.errors import ConfigError
-from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flags:
-    output_prefix: str
-    """Prefix of the files to write: PREFIX.bin, PREFIX.idx, PREFIX.json."""
-    seq_length: int = 8192
-    """Longest row allowed, in tokens."""
-    tokenizer: Path | None = None
-    """Directory of the tokenizer that made the ids: its size is checked, its hash recorded."""
-    vocab: Literal["usdm", "text"] = "usdm"
-    """usdm: text, speech units and control tokens; text: the text vocabulary alone."""
-    text_vocab_size: int = USDM_VOCABULARY.text_size
-    """Ids of the text vocabulary (Mistral: 32,000)."""
-    overwrite: bool = False
-    """Replace an existing store."""
+class MergeFlags(WorkFlags):
+    """The last step after --shard i/n: PREFIX.parts → stores, with the options that the parts record."""
 
-    def __post_init__(self) -> None:
-        least = max(USDM_VOCABULARY.bos_id, USDM_VOCABULARY.eos_id) + 1
-        if self.text_vocab_size < least:
-            raise ConfigError(
-                f"--text-vocab-size is {self.text_vocab_size}, the least is {least}: bos and eos are text ids"
-            )
-
-    def options(self) -> StoreOptions:
-        units = USDM_VOCABULARY.unit_count if self.vocab == "usdm" else 0
-        return StoreOptions(
-            seq_length=self.seq_length,
-            vocabulary=Vocabulary(text_size=self.text_vocab_size, unit_count=units),
-            tokenizer=self.tokenizer,
-            overwrite=self.overwrite,
+    def run(self) -> MergeResult | None:
+        return merge_parts(
+            self.output_prefix, self.open_executor(), overwrite=self.overwrite, keep_parts=self.keep_parts
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheFlags(_Flags):
-    """Stage 4: datasets saved to disk. A DatasetDict gives PREFIX_train and PREFIX_test."""
-
-    input: Path
-    """Directory that datasets.DatasetDict.save_to_disk wrote, column input_ids."""
-
-    def run(self) -> dict[str, StoreSummary]:
-        return preprocess_cache(self.input, self.output_prefix, self.options())
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedFlags(_Flags):
-    """Stage 3: text files, one packed row of ids a line; read in natural order."""
-
-    input: tuple[Path, ...]
-    """The files, e.g. part*.txt."""
-
-    def run(self) -> dict[str, StoreSummary]:
-        return preprocess_packed(self.input, self.output_prefix, self.options())
 
 
 Command = (
     Annotated[CacheFlags, tyro.conf.subcommand("cache")]
     | Annotated[PackedFlags, tyro.conf.subcommand("packed")]
+    | Annotated[SamplesFlags, tyro.conf.subcommand("samples")]
+    | Annotated[SpeechTextFlags, tyro.conf.subcommand("speech-text")]
+    | Annotated[DialogFlags, tyro.conf.subcommand("dialog")]
+    | Annotated[SftFlags, tyro.conf.subcommand("sft")]
+    | Annotated[MergeFlags, tyro.conf.subcommand("merge")]
 )
 
 
@@ -83,8 +45,15 @@ def main(argv: Sequence[str]) -> int | None:
         prog="preprocess_data.py",
         description="Write packed token stores (Megatron .bin/.idx and a .json).",
     )
-    for prefix, summary in command.run().items():
+    result = command.run()
+    if result is None:
+        print(f"{parts_directory(command.output_prefix)}: this shard is done; `merge` joins them all")
+        return None
+    for prefix, summary in result.summaries.items():
         print(describe(prefix, summary))
+    if result.rejected:
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in result.rejected.items())
+        print(f"rejected: {sum(result.rejected.values()):,} ({counts}); {result.report} lists them")
     return None
 
 
@@ -94,5 +63,9 @@ def describe(prefix: str, summary: StoreSummary) -> str:
         f"{prefix}: {summary.rows:,} rows, {summary.samples:,} samples, {summary.tokens:,} tokens, "
         f"{summary.fill:.1%} full, longest row {summary.longest_row:,}, largest id {summary.largest_id:,}"
     ]
+    if summary.loss_mask is not None:
+        lines += [
+            f"  targets: {summary.loss_mask.targets:,} ({summary.loss_mask.targets / summary.tokens:.1%})"
+        ]
     lines += [f"  notice: {name}: {count:,}" for name, count in summary.notices.items()]
     return "\n".join(lines)

@@ -116,9 +116,8 @@ def exported_config(
     config = dict(facts.hf_config)
     for private in ("auto_map", "_name_or_path"):  # code of the source's, and where it lay
         config.pop(private, None)
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:
-        config["rope_theta"] = theta  # 4.x does not know rope_parameters and would take 10,000
+    # 4.x does not know rope_parameters and would take 10,000
+    config["rope_theta"] = facts.architecture.rope_theta
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = transformers_name(weight_type)

@@ -19,6 +19,7 @@ from usdm_megatron.checkpoint.resolve import RELEASE, list_steps
 from usdm_megatron.checkpoint.streamed import save_streamed
 from usdm_megatron.convert.destination import claimed, require_space
 from usdm_megatron.convert.finite import non_finite_count
+from usdm_megatron.convert.foreign_bytes import read_small_json
 from usdm_megatron.convert.hf_source import HFSource, open_source
 from usdm_megatron.convert.hub import locate
 from usdm_megatron.convert.import_plan import ImportPlan, empty_objects, plan_import, streamed_tensors
@@ -28,10 +29,10 @@ from usdm_megatron.convert.progress import byte_progress
 from usdm_megatron.convert.source_hashes import WeightHasher
 from usdm_megatron.convert.weight_types import TypeName
 from usdm_megatron.errors import ConversionError
-from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.tokenizer import files as tokenizer_files
 from usdm_megatron.vocab import Vocabulary
 
+_MOST_GENERATION_BYTES = 1 << 20
 _VERSIONS = ("torch", "megatron-core", "safetensors", "numpy")
 
 
@@ -143,7 +144,7 @@ class _CheckedWeights:
 
 def _generation_config(source: HFSource) -> dict[str, Any] | None:
     path = source.directory / GENERATION_CONFIG_FILE
-    return read_json_object(path) if path.is_file() else None
+    return read_small_json(path, _MOST_GENERATION_BYTES) if path.is_file() else None
 
 
 def _prepare_tokenizer(plan: ImportPlan, target: Path) -> Path | None:

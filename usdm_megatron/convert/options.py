@@ -140,7 +140,7 @@ class VerifyOptions:
     sequence_length: int | None = None
     """Longest packed row to compare (logits); default: as long as the samples need."""
     json: Path | None = None
-    """Also write the outcome there (logits)."""
+    """Also write the outcome there, passed or not (logits)."""
 
     def __post_init__(self) -> None:
         problems = [

@@ -123,10 +123,13 @@ class WeightHasher:
                     digests[algorithm].update(buffer[:count])
                 self._on_bytes(count)
         self._found[name] = sha256.hexdigest()
+        meant = ", or remove integrity.json if you changed the file on purpose"
+        if expected is None or expected.recorded_by != INTEGRITY_FILE:
+            meant = ""
         if expected and (found := digests[expected.algorithm].hexdigest()) != expected.hex:
             self._problems.append(
                 f"{path} differs from what {expected.recorded_by} recorded ({expected.algorithm} "
-                f"{found[:12]}…, recorded {expected.hex[:12]}…); download or copy it again"
+                f"{found[:12]}…, recorded {expected.hex[:12]}…); download or copy it again{meant}"
             )
 
 

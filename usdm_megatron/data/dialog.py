@@ -88,7 +88,10 @@ def exchanges(turns: Sequence[Turn], offset: int) -> list[Exchange]:
 
 
 def check_turns(turns: Sequence[Turn], *, multi_turn: bool) -> None:
-    """Raise `Rejected` for a dialog that the template cannot hold; in several turns speakers keep their roles."""
+    """Raise `Rejected` for a dialog that the template cannot hold.
+
+    With `multi_turn` speakers keep their roles throughout a sample: there can be two.
+    """
     if len(turns) < 2:
         raise Rejected(FEWER_THAN_2_TURNS, f"{len(turns)} turns")
     for number, (turn, following) in enumerate(pairwise(turns)):

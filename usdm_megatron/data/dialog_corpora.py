@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from usdm_megatron.data.alignment import Rejected
+from usdm_megatron.data.alignment import UNITS_MISSING, Rejected
 from usdm_megatron.data.dialog import DialogSample, DialogTemplate, Turn, check_turns, exchanges
 from usdm_megatron.data.id_samples import fitting_samples
 from usdm_megatron.data.samples import Rejection, SampleBlock, utterance_hash
@@ -29,9 +29,10 @@ from usdm_megatron.errors import DataError
 from usdm_megatron.vocab import Vocabulary
 
 DIALOGS_PER_PART = 250  # of DailyTalk, whose every turn is a file
-TURNS_MISSING = "turns_missing"
+TURNS_NOT_CONSECUTIVE = "turns_not_consecutive"
+MALFORMED_SPEAKER = "malformed_speaker"
 MALFORMED_TEXT = "malformed_text"
-_UTTERANCE_NAME = re.compile(r"(?P<turn>[0-9]+)_(?P<speaker>[^_/\\]+)_d(?P<dialog>[0-9]+)")
+_TURN_NAME = re.compile(r"(?P<turn>[0-9]{1,9})_(?P<speaker>[0-9A-Za-z]+)_d(?P<dialog>[0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Dialog:
 
     id: str
     turns: tuple[Turn, ...]
+    where: Callable[[], str]  # names the dialog in messages
 
 
 class DialogCorpus(Protocol):
@@ -60,9 +62,10 @@ class DialogCorpus(Protocol):
 
 @dataclass(frozen=True)
 class DialogSource:
-    """A `SampleSource`: the dialogs of `corpus` in the template of `dialog.py`, from both offsets of a dialog.
+    """A `SampleSource`: the dialogs of `corpus` in the template of `dialog.py`.
 
     A sample is an exchange; with `multi_turn` as many exchanges of a dialog as `seq_length` tokens hold.
+    Exchanges begin with a dialog's first turn, and once more with its second.
     Each turn but the first and the last is the user's in one sample and the agent's in another. An
     exchange that is longer than `seq_length` is a rejection.
     """
@@ -82,7 +85,7 @@ class DialogSource:
     def make(self, part: Any) -> SampleBlock:
         template = DialogTemplate(self.encoder.encode, self.vocabulary)
         made: list[DialogSample] = []
-        dialog_ids: list[str] = []
+        dialog_of: list[Dialog] = []
         rejections: list[Rejection] = []
         for found in self.corpus.read(part):
             if isinstance(found, Rejection):
@@ -91,22 +94,25 @@ class DialogSource:
             try:
                 self._check(found.turns)
             except Rejected as rejected:
-                rejections.append(Rejection(found.id, rejected.reason, rejected.detail))
+                rejections.append(Rejection(found.where(), rejected.reason, rejected.detail))
                 continue
             for sample in self._samples(found, template):
                 made.append(sample)
-                dialog_ids.append(found.id)
+                dialog_of.append(found)
         block = SampleBlock(
             tokens=_concatenated([sample.tokens for sample in made], np.int32),
             lengths=np.array([len(sample.tokens) for sample in made], dtype=np.int64),
-            utterances=np.array([utterance_hash(dialog_id) for dialog_id in dialog_ids], dtype=np.uint64),
+            utterances=np.array([utterance_hash(dialog.id) for dialog in dialog_of], dtype=np.uint64),
             groups=np.zeros(len(made), dtype=np.int32),
             loss_mask=_concatenated([sample.loss_mask for sample in made], np.uint8),
             rejections=tuple(rejections),
         )
-        return fitting_samples(
-            block, self.seq_length, lambda at: f"{dialog_ids[at]} turns {', '.join(map(str, made[at].turns))}"
-        )
+
+        def place(sample: int) -> str:
+            turns = made[sample].turns
+            return f"{dialog_of[sample].where()}, turns {turns.start} to {turns.stop - 1}"
+
+        return fitting_samples(block, self.seq_length, place)
 
     def _check(self, turns: Sequence[Turn]) -> None:
         check_turns(turns, multi_turn=self.multi_turn)
@@ -158,14 +164,143 @@ def parse_dialog(record: Any, place: Callable[[], str]) -> Dialog | Rejection:
                 "speaker, text and units"
             )
     dialog_id = record.get("id")
-    if dialog_id is None:
-        dialog_id = json.dumps(record["turns"])
-        name = place()
-    elif type(dialog_id) in (int, str) and is_unicode(str(dialog_id)):
-        dialog_id = name = str(dialog_id)
-    else:
+    if dialog_id is not None and not (type(dialog_id) in (int, str) and is_unicode(str(dialog_id))):
         raise DataError(f"{place()}: id is {dialog_id!r:.60}; it is a string or a number, or is left out")
+    where = place if dialog_id is None else partial(str, dialog_id)
     try:
-        return Dialog(dialog_id, tuple(map(_parse_turn, record["turns"])))
+        turns = tuple(
+            _parse_turn(number, turn["speaker"], turn["text"], turn.get("units"))
+            for number, turn in enumerate(record["turns"])
+        )
     except Rejected as rejected:
-        return Rejection(name, rejected.reason, rejected.detail)
+        return Rejection(where(), rejected.reason, rejected.detail)
+    return Dialog(json.dumps(record["turns"]) if dialog_id is None else str(dialog_id), turns, where)
+
+
+def _parse_turn(number: int, speaker: Any, text: Any, units: Any) -> Turn:
+    try:
+        if type(speaker) not in (int, str) or not is_unicode(str(speaker)):
+            raise Rejected(MALFORMED_SPEAKER, f"{speaker!r:.60}: a speaker is a name or a number")
+        if type(text) is not str or not is_unicode(text):
+            raise Rejected(MALFORMED_TEXT, f"{text!r:.60}: a text is a string without half surrogate pairs")
+        return Turn(str(speaker), text.strip(), parse_units(units))
+    except Rejected as rejected:
+        raise Rejected(rejected.reason, f"turn {number}: {rejected.detail}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class DailyTalkTurn:
+    """What the metadata know of a turn."""
+
+    dialog: int
+    turn: int
+    speaker: str
+    text: str
+
+    def units_path(self, directory: Path) -> Path:
+        """Where its units are: decimal numbers, as stage 1 writes them beside a recording."""
+        name = f"{self.turn}_{self.speaker}_d{self.dialog}_unit.txt"
+        return directory / "data" / str(self.dialog) / name
+
+
+class DailyTalkDialogs:
+    """DailyTalk's folder: `data/{dialog}/{turn}_{speaker}_d{dialog}.wav` with `…_unit.txt` beside each.
+
+    `metadata` is its `metadata.json` (the default), or lines `{turn}_{speaker}_d{dialog}|…|{text}|{emotion}`
+    as in the official `train_phone.txt` and `val_phone.txt`, from which the original takes its splits.
+    Dialogs come in the order of their numbers.
+    """
+
+    def __init__(self, directory: Path, metadata: Path | None = None) -> None:
+        self._directory = directory
+        self._metadata = metadata or directory / "metadata.json"
+        if not self._metadata.is_file():
+            raise DataError(
+                f"{self._metadata}: no such file; DailyTalk's folder holds data/ and metadata.json, or name "
+                "another list of its turns"
+            )
+
+    def files(self) -> list[tuple[str, Path]]:
+        paths = [turn.units_path(self._directory) for turn in chain.from_iterable(self._dialogs())]
+        there = [(path.relative_to(self._directory).as_posix(), path) for path in paths if path.is_file()]
+        return [(self._metadata.name, self._metadata), *there]
+
+    def parts(self) -> list[list[list[DailyTalkTurn]]]:
+        dialogs = self._dialogs()
+        return [dialogs[at : at + DIALOGS_PER_PART] for at in range(0, len(dialogs), DIALOGS_PER_PART)]
+
+    def read(self, part: list[list[DailyTalkTurn]]) -> Iterator[Dialog | Rejection]:
+        for turns in part:
+            dialog_id = f"d{turns[0].dialog}"
+            try:
+                if [turn.turn for turn in turns] != list(range(len(turns))):
+                    numbers = ", ".join(str(turn.turn) for turn in turns)
+                    raise Rejected(TURNS_NOT_CONSECUTIVE, f"turns {numbers}")
+                parsed = [self._parsed(turn) for turn in turns]
+            except Rejected as rejected:
+                yield Rejection(dialog_id, rejected.reason, rejected.detail)
+            else:
+                yield Dialog(dialog_id, tuple(parsed), partial(str, dialog_id))
+
+    def _parsed(self, turn: DailyTalkTurn) -> Turn:
+        path = turn.units_path(self._directory)
+        try:
+            units = path.read_bytes().decode("ascii", "replace")
+        except OSError as error:
+            raise Rejected(UNITS_MISSING, f"{path}: cannot be read ({error.strerror})") from None
+        return _parse_turn(turn.turn, turn.speaker, turn.text, units)
+
+    def _dialogs(self) -> list[list[DailyTalkTurn]]:
+        """Turns in order, by dialog in order."""
+        read = _metadata_json if self._metadata.suffix == ".json" else _metadata_lines
+        try:
+            turns = sorted(read(self._metadata), key=lambda turn: (turn.dialog, turn.turn))
+        except OSError as error:
+            raise DataError(f"{self._metadata}: cannot be read ({error.strerror})") from error
+        if not turns:
+            raise DataError(f"{self._metadata}: names no turns")
+        return [list(of_dialog) for _, of_dialog in groupby(turns, key=lambda turn: turn.dialog)]
+
+
+def _metadata_json(path: Path) -> Iterator[DailyTalkTurn]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(turns, dict) for turns in content.values()):
+        raise DataError(f"{path}: must hold an object of dialogs, and each an object of turns")
+    for dialog, turns in content.items():
+        for turn, facts in turns.items():
+            try:
+                yield _listed_turn(f"{turn}_{facts['speaker']}_d{dialog}", facts["text"])
+            except (KeyError, TypeError, ValueError):
+                raise DataError(
+                    f"{path}: dialog {dialog!r:.20}, turn {turn!r:.20} is {facts!r:.80}; "
+                    "both are numbers, and a turn has a speaker and a text"
+                ) from None
+
+
+def _metadata_lines(path: Path) -> Iterator[DailyTalkTurn]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            name, *_, text, _ = line.decode("utf-8").strip().split("|")
+            yield _listed_turn(name, text)
+        except ValueError:
+            raise DataError(
+                f"{path} line {number}: {line!r:.80} is no turn of DailyTalk; a line is UTF-8 and "
+                "{turn}_{speaker}_d{dialog}|…|{text}|{emotion}"
+            ) from None
+
+
+def _listed_turn(name: str, text: Any) -> DailyTalkTurn:
+    """A `ValueError` where `name` is no name of a turn: it becomes part of a path."""
+    found = _TURN_NAME.fullmatch(name)
+    if found is None or type(text) is not str:
+        raise ValueError(name)
+    return DailyTalkTurn(int(found["dialog"]), int(found["turn"]), found["speaker"], text)
+
+
+def _concatenated(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *arrays])

@@ -74,7 +74,7 @@ def write_part(
         at += len(data) + len(padding)
     for piece in pieces:
         digest.update(piece)
-    record = {
+    record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "plan": plan_id,
         "bytes": at,
@@ -82,6 +82,7 @@ def write_part(
         "arrays": places,
         "facts": dict(facts),
     }
+    record["record_sha256"] = _record_sha256(record)
     with reported(files.bin):
         files.json.unlink(missing_ok=True)  # of a part that was not whole
         write_atomically(files.bin, *pieces)
@@ -97,7 +98,7 @@ def open_part(files: PartFiles, plan_id: str) -> Part | None:
         record = json.loads(files.json.read_bytes())
         made_by, size, places = record["plan"], record["bytes"], record["arrays"]
         if record["format_version"] == FORMAT_VERSION and made_by == plan_id:
-            if files.bin.stat().st_size != size:
+            if files.bin.stat().st_size != size or record.pop("record_sha256") != _record_sha256(record):
                 return None
             raw = np.memmap(files.bin, np.uint8, "r").view(np.ndarray) if size else np.zeros(0, np.uint8)
             arrays = {name: _view(raw, **place) for name, place in places.items()}
@@ -110,6 +111,10 @@ def open_part(files: PartFiles, plan_id: str) -> Part | None:
         f"{files.json}: was made with other options or from other input; "
         f"remove {files.directory} or choose another --output-prefix"
     )
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _view(raw: np.ndarray, *, dtype: str, offset: int, count: int) -> np.ndarray:

@@ -69,7 +69,7 @@ class MergeOptions:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"--seed is {self.seed}, the least is 0")
-        if self.split is not None and (min(self.split) <= 0 or abs(sum(self.split) - 1) > 1e-9):
+        if self.split is not None and not (min(self.split) > 0 and abs(sum(self.split) - 1) < 1e-9):
             shares = ",".join(f"{share:g}" for share in self.split)
             raise ConfigError(
                 f"--split is {shares}; it takes the shares of train and test, each above 0 and 1 together: "

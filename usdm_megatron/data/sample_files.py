@@ -169,8 +169,8 @@ def _file_parts(path: Path, corpus: int, epoch: int) -> tuple[list[SamplePart], 
         first_line += count
     if lengths is not None and len(lengths) != first_line:
         problems.append(
-            f"{path}: {first_line} samples, but {path.stem}.json lists {len(lengths)} lengths; one of them is "
-            "incomplete: write both again with stage 2"
+            f"{path}: {first_line} samples, but {path.stem}.json lists {len(lengths)} lengths; "
+            "one of them is incomplete: write both again with stage 2"
         )
     return parts, problems
 

@@ -18,7 +18,7 @@ from usdm_megatron.data.text_encoder import TextEncoder
 from usdm_megatron.errors import ConfigError
 from usdm_megatron.vocab import Vocabulary
 
-SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # nosec B105 - no password
+SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
 EPOCHS_PER_PART = 8  # bounds a part's memory, however many epochs are asked for
 _MOST_EPOCHS = 1 << 31  # groups are int32
 

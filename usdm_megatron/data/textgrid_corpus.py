@@ -28,10 +28,13 @@ TEXTGRID_SUFFIX = ".TextGrid"
 PART_UTTERANCES = 1000
 _WORD_TIER = "words"
 _LONGEST_UNIT_LINE = 64 << 20  # two weeks of speech
-# praatio (6.2) searches an element with a regular expression that takes quadratic time on hostile text.
+# praatio (6.2) takes quadratic time over the length of an element and over the number of tiers.
 _LARGEST_TEXTGRID = 4 << 20  # an hour of speech, words and phones
 _LARGEST_ELEMENT = 4 << 10
+_MOST_TIERS = 100
 _ELEMENT = re.compile(rb"(?:item|intervals|points) ?\[")
+_TIER = re.compile(rb'"(?:Interval|Text)Tier"')
+_BYTE_ORDER_MARKS = b"\xff\xfe\xef\xbb\xbf"
 _SHORTFALL_S = 0.02  # what a tier's last interval may leave of it: one unit
 
 
@@ -105,7 +108,7 @@ def read_word_tier(path: Path) -> WordTier:
     from praatio import textgrid  # type: ignore[import-untyped]
 
     content = _read(path, _LARGEST_TEXTGRID, TEXTGRID_MISSING, MALFORMED_TEXTGRID)
-    _check_elements(content)
+    _check_form(content)
     try:
         grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=True, reportingMode="silence")
     except Exception as error:  # praatio raises what its string handling runs into
@@ -123,12 +126,15 @@ def read_word_tier(path: Path) -> WordTier:
     return WordTier(words, end_s)
 
 
-def _check_elements(content: bytes) -> None:
-    """Refuse what praatio would search for hours; the short format, without elements, it reads in one go."""
-    if b"\0" in content:
-        content = content.replace(b"\0", b"")  # UTF-16
+def _check_form(content: bytes) -> None:
+    """Refuse what praatio would be busy with for hours, and JSON, which it would read as well."""
+    content = content.lstrip(_BYTE_ORDER_MARKS).replace(b"\0", b"")  # UTF-16 as if it were ASCII
+    if not content.startswith(b"File type"):
+        raise Rejected(MALFORMED_TEXTGRID, "does not begin as a TextGrid: File type")
+    if (tiers := len(_TIER.findall(content))) > _MOST_TIERS:
+        raise Rejected(MALFORMED_TEXTGRID, f"{tiers} tiers, at most {_MOST_TIERS}")
     if b"ooTextFile short" in content or b"item [" not in content:
-        return
+        return  # the short form has no elements
     longest = max(map(len, _ELEMENT.split(content)))
     if longest > _LARGEST_ELEMENT:
         raise Rejected(MALFORMED_TEXTGRID, f"an element of {longest} bytes, at most {_LARGEST_ELEMENT}")

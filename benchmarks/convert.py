@@ -99,7 +99,6 @@ def _measure_all(options: Options) -> None:
 
 
 _BASELINE_MODULES = "torch, transformers, torch.distributed.checkpoint, usdm_megatron.cli.convert"
-    "torch, transformers, torch.distributed.checkpoint, safetensors, usdm_megatron.cli.convert"
 )
 
 

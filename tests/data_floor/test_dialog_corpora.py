@@ -90,8 +90,8 @@ def test_samples_of_both_offsets_in_order(
         turns = [
             Turn(str(turn["speaker"]), turn["text"], np.array(turn["units"])) for turn in dialog["turns"]
         ]
-        runs = [exchanges(turns, 0), exchanges(turns, 1)]
-        for run in filter(None, runs if multi_turn else [[one] for run in runs for one in run]):
+        whole = [exchanges(turns, 0), exchanges(turns, 1)]
+        for run in filter(None, whole if multi_turn else [[one] for both in whole for one in both]):
             sample = template.sample(run)
             expected.append(
                 (sample.tokens.tolist(), sample.loss_mask.tolist(), utterance_hash(str(dialog["id"])))
@@ -209,7 +209,7 @@ def test_over_long_exchanges(open_lines: Callable[..., DialogSource]) -> None:
 def test_malformed_lines(tmp_path: Path, encoder: TextEncoder, line: bytes, message: str) -> None:
     good = json.dumps(a_dialog(2)).encode()
     (tmp_path / "d.jsonl").write_bytes(good + b"\n" + line + b"\n\n" + good)
-    with pytest.raises(DataError, match=f"d.jsonl {message}|{message}"):
+    with pytest.raises(DataError, match=message):
         make_all(DialogSource(JsonDialogs([tmp_path / "d.jsonl"]), encoder, SMALL))
 
 

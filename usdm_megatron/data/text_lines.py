@@ -152,7 +152,7 @@ def parse_id_lines(text: bytes, place: LinePlace, holds: str) -> NumberLines:
 
 
 def parse_numbers(text: bytes, place: LinePlace, holds: str) -> NumberLines:
-    """Parse lines that are known to hold decimal numbers and white space alone; a sign counts as white space.
+    """Parse lines that are known to hold decimal numbers, `-` before some, and white space alone.
 
     Numbers are int32, or int64 where one has more than 8 digits; beyond int64 they saturate, and are then
     outside of any vocabulary. Raises `DataError` for a line without numbers.
@@ -169,14 +169,17 @@ def parse_numbers(text: bytes, place: LinePlace, holds: str) -> NumberLines:
         befores, lasts = edges[0::2], edges[1::2]
         line_ends = np.cumsum([len(line) + 1 for line in chunk.split(LINE_END)[:-1]])
         lengths.append(np.diff(np.searchsorted(lasts, line_ends), prepend=0))
-        numbers.append(_decimals(padded, befores, lasts))
+        found = _decimals(padded, befores, lasts)
+        if b"-" in chunk:
+            found[padded[7:][befores] == ord("-")] *= -1
+        numbers.append(found)
         at = end
-    found = NumberLines(np.concatenate(numbers), np.concatenate(lengths))
-    if int(found.lengths.min()) == 0:
+    lines = NumberLines(np.concatenate(numbers), np.concatenate(lengths))
+    if int(lines.lengths.min()) == 0:
         raise DataError(
-            f"{place(int(found.lengths.argmin()))}: the line holds no ids; every line is {holds}: remove it"
+            f"{place(int(lines.lengths.argmin()))}: the line holds no ids; every line is {holds}: remove it"
         )
-    return found
+    return lines
 
 
 def _decimals(padded: np.ndarray, befores: np.ndarray, lasts: np.ndarray) -> np.ndarray:

@@ -99,7 +99,6 @@ def _measure_all(options: Options) -> None:
 
 
 _BASELINE_MODULES = "torch, transformers, torch.distributed.checkpoint, usdm_megatron.cli.convert"
-)
 
 
 def _measure(name: str, arguments: list[str], source: Path, gigabytes: float, modules: str) -> Measurement:

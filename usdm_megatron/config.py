@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
-from fractions import Fraction
-from os.path import normpath
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from usdm_megatron.blend_config import WeightedStore, blend_problems, parse_blend
 from usdm_megatron.errors import ConfigError
-from usdm_megatron.recipes import DEFAULT_RECIPE, RecipeName, recipe_fields
+from usdm_megatron.recipes import DEFAULT_RECIPE, RecipeName, Task, recipe_fields
 
 CoreAttention = Literal["auto", "te", "flash", "torch"]
 CrossSampleAttention = Literal["masked", "allowed"]
+RowPadding = Literal["full", "step"]
 LossReduction = Literal["token-mean", "micro-batch-mean"]
 _RECIPE = recipe_fields(DEFAULT_RECIPE)
 
@@ -112,14 +109,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class WeightedStore:
-    """A store of `--train-data-path`: its prefix, and its weight exactly as written."""
-
-    prefix: str
-    weight: Fraction
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """Which rows are read, and how many at a time."""
 
@@ -130,7 +119,10 @@ class DataConfig:
     valid_data_path: str | None = None
     """prefix of the packed token store to evaluate on"""
     seq_length: int = 8192
-    """tokens a row is padded to"""
+    """tokens of the longest row allowed, to which rows are padded"""
+    row_padding: RowPadding = "full"
+    """full: every row to --seq-length, so that each step takes the same memory; step: rows end to end, and a
+    step's micro-batches to the longest of them (default of sft, whose rows are much shorter)"""
     micro_batch_size: int = 1
     """rows in one forward pass, flattened into one packed row"""
     global_batch_size: int = 8
@@ -139,7 +131,7 @@ class DataConfig:
     """a seeded permutation of the rows every epoch instead of the store's order"""
 
     def problems(self) -> list[str]:
-        problems = [] if self.train_data_path is None else _blend_problems(self.train_data_path)
+        problems = [] if self.train_data_path is None else blend_problems(self.train_data_path)
         return problems + _below_one(
             "data",
             seq_length=self.seq_length,
@@ -150,11 +142,7 @@ class DataConfig:
     @property
     def train_stores(self) -> tuple[WeightedStore, ...]:
         """The stores to train on, in order; one of weight 1 where no weights are given."""
-        words = self.train_data_path or ()
-        if len(words) == 1:
-            return (WeightedStore(words[0], Fraction(1)),)
-        pairs = zip(words[1::2], words[::2], strict=True)
-        return tuple(WeightedStore(prefix, Fraction(Decimal(weight))) for prefix, weight in pairs)
+        return () if self.train_data_path is None else parse_blend(self.train_data_path)
 
 
 @dataclass(frozen=True)
@@ -309,6 +297,8 @@ class LoggingConfig:
 class RunConfig:
     """Everything that decides what a run does; raises `ConfigError` with all problems at once."""
 
+    task: Task = "pretrain"
+    """the command: pretrain trains on every token of packed rows, sft on the targets of a loss mask"""
     recipe: RecipeName = DEFAULT_RECIPE
     """usdm follows the original in all that changes numbers; corrected is what we recommend"""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -354,38 +344,6 @@ def _meaningless(section: str, fields: Any) -> list[str]:
         for name, value in values.items()
         if isinstance(value, str) and not value.strip()
     ]
-
-
-def _blend_problems(words: Sequence[str]) -> list[str]:
-    """What keeps `words` from being `PREFIX`, or `WEIGHT PREFIX WEIGHT PREFIX …`."""
-    name = "data: train_data_path"
-    if not words or not all(map(str.strip, words)):
-        return [f"{name} is empty; give a value or drop --train-data-path"]
-    if len(words) == 1:
-        inner = words[0].split()
-        if len(inner) > 2 and not _blend_problems(inner):
-            return [f"{name} {words[0]!r} is one word; give a blend as separate words, in YAML as a list"]
-        return []
-    if len(words) % 2:
-        return [f"{name} has {len(words)} words; a blend is pairs of weight and prefix, as in 0.7 A 0.3 B"]
-    problems = [
-        f"{name}: the weight of {prefix} is {weight!r}; it must be a positive number, as in 0.7 A 0.3 B"
-        for weight, prefix in zip(words[::2], words[1::2], strict=True)
-        if not _is_weight(weight)
-    ]
-    times = Counter(map(normpath, words[1::2]))
-    return problems + [
-        f"{name} names {prefix} {count} times; name it once, with the sum of its weights"
-        for prefix, count in times.items()
-        if count > 1
-    ]
-
-
-def _is_weight(word: str) -> bool:
-    try:
-        return 0 < float(word) < math.inf  # false for nan
-    except ValueError:
-        return False
 
 
 def _below_one(section: str, **values: int) -> list[str]:

@@ -1,6 +1,6 @@
 """`RunConfig` to and from YAML, and the layers that a command line is merged from.
 
-Lowest first: dataclass defaults, recipe, `--config` file, command line.
+Lowest first: dataclass defaults, task, recipe, `--config` file, command line.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import yaml
 
 from usdm_megatron.config import RunConfig
 from usdm_megatron.errors import ConfigError
-from usdm_megatron.recipes import DEFAULT_RECIPE, RecipeName, recipe_fields
+from usdm_megatron.recipes import DEFAULT_RECIPE, RecipeName, Task, recipe_fields, task_fields
 
 Sections = dict[str, Any]  # section name → section dataclass
+_NAMES = ("task", "recipe")  # keys of a file that are no sections
 
 
 def section_types() -> dict[str, type]:
@@ -32,7 +33,7 @@ def section_types() -> dict[str, type]:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The raw tree of a YAML file: `recipe` and sections, every key and type checked.
+    """The raw tree of a YAML file: `task`, `recipe` and sections, every key and type checked.
 
     Raises `ConfigError` with every unknown key (and what it may have meant) and every wrong type.
     """
@@ -45,14 +46,14 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             f"--config {path}: holds a {type(tree).__name__}; sections as in RunConfig are expected"
         )
     problems: list[str] = []
-    known = {"recipe", *section_types()}
+    known = {*_NAMES, *section_types()}
     result: dict[str, Any] = {}
     for name, value in tree.items():
         if name not in known:
             problems.append(f"--config {path}: {name}: unknown key{_suggestion(str(name), known)}")
-        elif name == "recipe":
+        elif name in _NAMES:
             result[name] = _checked(
-                value, typing.get_type_hints(RunConfig)["recipe"], f"{path}: recipe", problems
+                value, typing.get_type_hints(RunConfig)[name], f"{path}: {name}", problems
             )
         elif not isinstance(value, dict):
             problems.append(f"--config {path}: {name}: is {value!r}; it must be a section with fields")
@@ -64,9 +65,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def layered_defaults(
-    recipe: RecipeName | None, tree: dict[str, Any], **machine: dict[str, Any]
+    recipe: RecipeName | None, tree: dict[str, Any], *, task: Task = "pretrain", **machine: dict[str, Any]
 ) -> tuple[str, Sections]:
-    """The recipe's name and each section below the command line.
+    """The recipe's name and each section below the command line of `task`.
 
     `machine` gives section → fields that depend on the machine (bf16 on CUDA), below recipe and file.
     """
@@ -80,9 +81,9 @@ def layered_defaults(
             else fields
             for section, fields in tree.items()
         }
-    chosen = recipe_fields(name)
+    layers = (machine, task_fields(task), recipe_fields(name), tree)
     sections = {
-        section: cls(**{**machine.get(section, {}), **chosen.get(section, {}), **tree.get(section, {})})
+        section: cls(**{field: value for layer in layers for field, value in layer.get(section, {}).items()})
         for section, cls in section_types().items()
     }
     return name, sections
@@ -94,9 +95,11 @@ def dump_config(config: RunConfig) -> str:
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """The configuration that a `run_config.yaml` describes."""
-    name, sections = layered_defaults(None, read_config_file(path))
-    return RunConfig(recipe=name, **sections)  # type: ignore[arg-type]  # name was checked by read_config_file
+    """The configuration that a `run_config.yaml` describes; of `pretrain` where it names no task."""
+    tree = read_config_file(path)
+    task: Task = tree.get("task", "pretrain")
+    name, sections = layered_defaults(None, tree, task=task)
+    return RunConfig(task=task, recipe=name, **sections)  # type: ignore[arg-type]  # read_config_file checked
 
 
 _UNSET = object()

@@ -1,7 +1,6 @@
-"""The named differences between the original's training and what we recommend.
+"""Which defaults the recipe and the task decide; every field can be set on the command line too.
 
-One table: field of `RunConfig` → value under each recipe. Every field can be
-set on the command line too. Source: `docs/from-usdm.md`, naver-ai/usdm `train_pt.py`.
+Source: `docs/from-usdm.md`, naver-ai/usdm `train_pt.py`, `train_sft.py`.
 """
 
 from __future__ import annotations
@@ -9,8 +8,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 RecipeName = Literal["usdm", "corrected"]
+Task = Literal["pretrain", "sft"]
 DEFAULT_RECIPE: RecipeName = "corrected"
 
+# The named differences between the original's training and what we recommend.
 # (section, field): (original, corrected)
 _DIFFERENCES: dict[tuple[str, str], tuple[Any, Any]] = {
     # the step from one sample's eos to the next one's bos is a target
@@ -31,3 +32,15 @@ def recipe_fields(recipe: RecipeName) -> dict[str, dict[str, Any]]:
     for (section, field), values in _DIFFERENCES.items():
         fields.setdefault(section, {})[field] = values[column]
     return fields
+
+
+# Where fine-tuning starts from other values than pre-training: section → field → value. The original's batch
+# is 2 rows x 4 accumulated on each process, the 8 rows of `--global-batch-size` on one.
+_SFT_FIELDS: dict[str, dict[str, Any]] = {
+    "data": {"micro_batch_size": 2, "shuffle": True, "row_padding": "step"},
+}
+
+
+def task_fields(task: Task) -> dict[str, dict[str, Any]]:
+    """Section → field → value of what `task` starts from instead of the dataclasses' defaults."""
+    return _SFT_FIELDS if task == "sft" else {}

@@ -170,11 +170,18 @@ def test_times_finer_than_10_ms_stay_in_order(steps: list[int]) -> None:
         assert all(span.start_unit < span.end_unit for span in found)
 
 
+def test_the_middle_of_a_silence_is_rounded_to_10_ms() -> None:
+    """0.495 s is 24.75 units; the original's 0.49 s is 24.5, and half rounds to even."""
+    words = [Word("a", 0, 0.48), Word("b", 0.51, 0.9), Word("c", 0.9, 1.2)]
+    assert align(words, 60) == spans(("a", 0, 24), ("b", 24, 45), ("c", 45, 60))
+
+
 def test_float_noise_is_no_silence() -> None:
-    """Else the bound of 0.375 s would be rounded to 0.38 s, one unit later."""
-    words = in_row(0.19, 0.185, 0.3, 0.3)
-    noisy = [words[0], words[1], Word("c", 0.375 + 1e-12, 0.675), Word("d", 0.675 - 1e-12, 0.975)]
-    assert align(noisy, 49) == align(words, 49)
+    """Else the bound of 0.385 s would be rounded to 0.39 s, one unit later."""
+    words = in_row(0.2, 0.185, 0.3, 0.315)
+    noisy = [*words[:2], Word("c", 0.385 + 1e-12, 0.685), Word("d", 0.685 - 1e-12, 1.0)]
+    expected = spans(("a", 0, 10), ("b", 10, 19), ("c", 19, 34), ("d", 34, 50))
+    assert align(words, 50) == align(noisy, 50) == expected
 
 
 # ── what is rejected ──

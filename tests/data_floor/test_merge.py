@@ -23,7 +23,7 @@ from usdm_megatron.data.token_store import StorePaths, TokenStore
 from usdm_megatron.errors import ConfigError, DataError
 
 CAPACITY = 30
-LINES = [f"u{number} {epoch} {3 + (7 * number + epoch) % 12}" for number in range(40) for epoch in range(3)]
+LINES = [f"u{number} {epoch} {6 + (7 * number + epoch) % 12}" for number in range(40) for epoch in range(3)]
 
 
 def write(
@@ -273,7 +273,7 @@ def test_missing_and_damaged_parts_are_named(tmp_path: Path) -> None:
         merge_parts(str(tmp_path / "P"), executor)
     assert write(tmp_path, shard=Shard(0, 3)) is None
     with pytest.raises(
-        DataError, match=r"part-00006.bin, .*part-00015.bin and 2 more missing; run the command"
+        DataError, match=r"part-00006.bin, .*part-00015.bin and 3 more missing; run the command"
     ):
         merge_parts(str(tmp_path / "P"), executor)
     write(tmp_path, shard=Shard(1, 3))
@@ -281,7 +281,7 @@ def test_missing_and_damaged_parts_are_named(tmp_path: Path) -> None:
     (tmp_path / "P.parts" / "sources-00000.json").unlink()
     with pytest.raises(DataError, match=r"P.parts: sources-00000.json missing"):
         merge_parts(str(tmp_path / "P"), executor)
-    write(tmp_path, shard=Shard(0, 3))
+    write(tmp_path, shard=Shard(2, 3))
     path = tmp_path / "P.parts" / "part-00004.bin"
     content = bytearray(path.read_bytes())
     content[5] ^= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def plain_parse(content: bytes) -> list[Sample]:
     """A line at a time, in plain Python; a `ValueError` for anything that is no `ids|labels` line."""
     found = []
     for line in content.decode("ascii").removesuffix("\n").split("\n"):
-        id_words, label_words = (half.split() for half in line.split("|"))
+        id_words, label_words = (re.findall(r"[^ \t\r]+", half) for half in line.split("|"))
         if not all(word.isdecimal() for word in id_words):
             raise ValueError(id_words)
         if not all(word.isdecimal() or word == "-100" for word in label_words):

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usdm_megatron.data import sources
-from usdm_megatron.data.preprocess import cut_samples
-from usdm_megatron.data.sources import PackedTextSource, RowSource, SourceHasher, natural_key, open_cache
+from usdm_megatron.data.rows import RowSource, cut_samples
+from usdm_megatron.data.sources import PackedTextSource, SourceHasher, natural_key, open_cache
 from usdm_megatron.errors import DataError
 
 
@@ -111,6 +111,7 @@ def test_lines_cut_anywhere_by_the_block_size(
         ("1 ５ 2\n".encode(), "line 1: '５' is no token id"),
         (b"\xef\xbb\xbf1 5\n", r"line 1: '\\ufeff1' is no token id"),
         (b"1 5\x00 2\n", "line 1: '5.x00' is no token id"),
+        (b"1 \x0b 2\n", "line 1: '.x0b' is no token id"),
     ],
 )
 @pytest.mark.parametrize("block_bytes", [4, 8 << 20])

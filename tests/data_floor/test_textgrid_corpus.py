@@ -159,7 +159,7 @@ HOSTILE = {
     "an element of": 'text = "' * 200_000,
     "tiers, at most": 'text = "a"\n'
     + "".join(
-        f'item [{n}]:\nclass = "IntervalTier"\nname = "t{n}"\nxmin = 0\nxmax = 1\n' for n in range(30_000)
+        f'item [{n}]:\nclass = "IntervalTier"\nname = "t{n}"\nxmin = 0\nxmax = 1\n' for n in range(20_000)
     ),
 }
 

@@ -93,18 +93,21 @@ def test_new_rows_equal_peft(which: str, layout: Layout, models: Any) -> None:
 
 
 OVERLAP = (("overlap_grad_reduce", True), ("overlap_param_gather", True))
-UPDATES = {Layout(): (), Layout(1, 1, 2): OVERLAP, Layout(2, 2, sp=True): OVERLAP}
+# without new rows, only the adapters' own calls tell an overlapped gather that somebody waits
+UPDATES = {
+    Layout(): Case(spec(*TARGETS, new=True)),
+    Layout(1, 1, 2): Case(ALL, OVERLAP),
+    Layout(2, 2, sp=True): Case(spec(*TARGETS, new=True), OVERLAP),
+}
 LRS = (1e-2, 5e-3, 1e-2)
 
 
 @pytest.mark.parametrize("layout", UPDATES, ids=str)
 def test_updates_equal_peft(layout: Layout, models: Any) -> None:
     """AdamW on adapters and new rows, weight decay among it; gathers overlapped with the next step."""
-    lora = spec(*TARGETS, new=True)
-    by_rank = run_ranks(
-        layout.ranks, lora_jobs.train, layout, models.straddling, [Case(lora, UPDATES[layout])], ROWS, LRS
-    )
-    model = lora_jobs.peft_model(models.hf, lora, STRADDLING)
+    case = UPDATES[layout]
+    by_rank = run_ranks(layout.ranks, lora_jobs.train, layout, models.straddling, [case], ROWS, LRS)
+    model = lora_jobs.peft_model(models.hf, case.lora, STRADDLING)
     parameters = lora_jobs.peft_parameters(model)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

@@ -16,6 +16,7 @@ from usdm_megatron.data.samples import SampleSource
 from usdm_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
+    from usdm_megatron.data.dialog_corpora import DialogCorpus
     from usdm_megatron.data.speech_corpora import Corpus
     from usdm_megatron.data.text_encoder import ExtendedTokenizer
 
@@ -93,22 +94,33 @@ class DialogFlags(_CorpusFlags):
     """Spoken dialogs → fine-tuning samples with their loss mask."""
 
     input: tuple[Path, ...]
-    """JSONL: turns with speaker, text and units; or DailyTalk's folder."""
+    """JSONL files: turns with speaker, text and units; or DailyTalk's folder."""
+    metadata: Path | None = None
+    """Of DailyTalk: the list of its turns, metadata.json in the folder unless given."""
     packing: PackingMethod = "none"
     """none: a sample a row, as the original; best-fit: many times fewer rows (a batch counts rows)."""
     multi_turn: bool = False
     """As many exchanges of a dialog as fit are one sample, instead of one exchange."""
 
     def run(self) -> MergeResult | None:
-        from usdm_megatron.data.dialog_corpora import DialogSource, JsonDialogs
+        from usdm_megatron.data.dialog_corpora import DialogSource
         from usdm_megatron.data.text_encoder import TextEncoder, extended_tokenizer
 
         tokenizer = extended_tokenizer(self.tokenizer)
         source = DialogSource(
-            JsonDialogs(self.input),
+            self._corpus(),
             TextEncoder(self.tokenizer),
             tokenizer.vocabulary,
             self.seq_length,
             self.multi_turn,
         )
         return self.write("dialog", source, tokenizer, "together", {"multi_turn": self.multi_turn})
+
+    def _corpus(self) -> DialogCorpus:
+        from usdm_megatron.data.dialog_corpora import DailyTalkDialogs, JsonDialogs
+
+        if len(self.input) == 1 and self.input[0].is_dir():
+            return DailyTalkDialogs(self.input[0], self.metadata)
+        if self.metadata is not None:
+            raise ConfigError("--metadata goes with DailyTalk's folder: pass that folder alone as --input")
+        return JsonDialogs(self.input)

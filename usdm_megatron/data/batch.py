@@ -1,11 +1,12 @@
 """Packed rows → the tensors of one micro-batch.
 
-    S = micro_batch_size * seq_length      n = segments of the micro-batch
+    S = tokens of the micro-batch with padding      n = segments of the micro-batch
 
-Rows are padded to `seq_length` each and laid end to end, so S is static. Labels and loss mask are made
-inside each row *before* rows are joined: else the last token of a row would be trained on the first of
-the next (axolotl#1375). A segment is what attends to itself only: a sample, the padding of a row, or
-with `cross_sample_attention="allowed"` all samples of a row.
+Rows are padded to `seq_length` each and laid end to end, or laid end to end and padded once to a length
+that suits all micro-batches of a step. Labels and loss mask are made inside each row *before* rows are
+joined: else the last token of a row would be trained on the first of the next (axolotl#1375). A segment is
+what attends to itself only: a sample, padding, or with `cross_sample_attention="allowed"` all samples of a
+row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TensorChange = Callable[[torch.Tensor], torch.Tensor]
 class PackedBatch:
     """One micro-batch, rows flattened into one; `row_ids` holds -1 for an empty row."""
 
-    tokens: torch.Tensor  # int64 [1, S], pad_id beyond the end of a row
+    tokens: torch.Tensor  # int64 [1, S], pad_id in padding
     labels: torch.Tensor  # int64 [1, S], the next token of the row; 0 where the loss mask is off
     loss_mask: torch.Tensor  # bool [1, S]
     position_ids: torch.Tensor  # int64 [1, S], from 0 in every segment
@@ -65,37 +66,38 @@ def build_packed_batch(
     vocabulary: Vocabulary,
     train_sample_boundaries: bool,
     cross_sample_attention: CrossSampleAttention,
+    batch_length: int | None = None,
 ) -> PackedBatch:
     """Build one micro-batch of `len(rows)` rows of `seq_length` tokens; `None` is a row of padding.
 
-    `train_sample_boundaries=False` takes the loss off the last token of each sample, whose next token
-    is another sample's bos. Raises `DataError` for a row longer than `seq_length`.
+    Without a loss mask every token of a row is a target but its first; `train_sample_boundaries=False`
+    takes the loss off the last token of each sample, whose next token is another sample's bos. With
+    `batch_length` rows are laid end to end and padded to that many tokens together. Raises `DataError` for
+    a row longer than `seq_length`.
     """
-    size = len(rows) * seq_length
+    spans = _row_spans(rows, row_ids, seq_length, batch_length)
+    size = sum(spans)
     tokens = np.full(size, vocabulary.pad_id, dtype=np.int64)
     labels = np.zeros(size, dtype=np.int64)
     loss_mask = np.zeros(size, dtype=np.bool_)
     segments: list[np.ndarray] = []
-    for number, (row, row_id) in enumerate(zip(rows, row_ids, strict=True)):
-        start = number * seq_length
+    start = 0
+    for row, span in zip(rows, spans, strict=True):
         length = 0 if row is None else len(row.tokens)
-        if length > seq_length:
-            raise DataError(
-                f"data: row {row_id} holds {length} tokens, more than --seq-length {seq_length}; "
-                "train with a larger --seq-length or preprocess with a smaller one"
-            )
         if row is not None:
             tokens[start : start + length] = row.tokens
             last = start + length - 1  # has no next token in its row
-            labels[start:last] = row.tokens[1:]
-            loss_mask[start:last] = True
+            # the mask says which tokens are targets: a position counts by the token after it
+            loss_mask[start:last] = True if row.loss_mask is None else row.loss_mask[1:]
+            labels[start:last] = np.where(loss_mask[start:last], row.tokens[1:], 0)
             if not train_sample_boundaries:
                 sample_ends = start + np.cumsum(row.sample_lengths) - 1
                 labels[sample_ends] = 0
                 loss_mask[sample_ends] = False
             segments.append(row.sample_lengths if cross_sample_attention == "masked" else np.array([length]))
-        if length < seq_length:
-            segments.append(np.array([seq_length - length]))
+        if length < span:
+            segments.append(np.array([span - length]))
+        start += span
     lengths = np.concatenate(segments)
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
@@ -110,3 +112,21 @@ def build_packed_batch(
         row_ids=tuple(int(row_id) for row_id in row_ids),
         segment_lengths=tuple(lengths.tolist()),
     )
+
+
+def _row_spans(
+    rows: Sequence[PackedRow | None], row_ids: Sequence[int], seq_length: int, batch_length: int | None
+) -> list[int]:
+    """Tokens of the batch that each row takes, its padding included."""
+    lengths = [0 if row is None else len(row.tokens) for row in rows]
+    for length, row_id in zip(lengths, row_ids, strict=True):
+        if length > seq_length:
+            raise DataError(
+                f"data: row {row_id} holds {length} tokens, more than --seq-length {seq_length}; "
+                "train with a larger --seq-length or preprocess with a smaller one"
+            )
+    if batch_length is None:
+        return [seq_length] * len(rows)
+    if sum(lengths) > batch_length:
+        raise ValueError(f"{sum(lengths)} tokens do not fit a batch of {batch_length}")
+    return [*lengths[:-1], batch_length - sum(lengths[:-1])]

@@ -178,6 +178,19 @@ def stores_of(source: TrainRows) -> tuple[TokenStore, ...]:
     return source.stores if isinstance(source, Blend) else (source,)
 
 
+def place_of(source: TrainRows, row_id: int) -> RowPlace:
+    """Which of `stores_of(source)` row `row_id` comes from, and its number there."""
+    return source.place(row_id) if isinstance(source, Blend) else RowPlace(0, row_id)
+
+
+def samples_per_row(source: TrainRows) -> float:
+    """Mean samples of a row; of a blend by its shares, as if rows of a store were alike."""
+    stores = stores_of(source)
+    weights = source.order.weights if isinstance(source, Blend) else (1,)
+    pairs = zip(stores, weights, strict=True)
+    return sum(weight * store.summary.samples / store.rows for store, weight in pairs) / sum(weights)
+
+
 def shares_of(source: TrainRows) -> tuple[StoreShare, ...]:
     """What an epoch of a blend takes of each store; empty for a single store, which is read whole."""
     if not isinstance(source, Blend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -10,7 +11,7 @@ import torch
 from usdm_megatron.data.batch import CrossSampleAttention, PackedBatch, build_packed_batch
 from usdm_megatron.data.blend import TrainRows, stores_of
 from usdm_megatron.data.order import EMPTY_ROW, RowOrder
-from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.data.token_store import PackedRow, TokenStore
 from usdm_megatron.errors import DataError
 from usdm_megatron.vocab import Vocabulary
 
@@ -21,6 +22,9 @@ class MicroBatchLoader:
     Stateless but for the step built ahead: any step may be asked for at any time, so a resume only
     needs its step number. Each rank reads the map itself; nothing is broadcast. On a CUDA `device`
     batches come from pinned memory by non-blocking copies on the caller's stream.
+
+    With `pad_to_multiple_of` rows are laid end to end and all micro-batches of a step padded to the longest,
+    rounded up; without, every row is padded to `seq_length`.
 
     Raises `DataError` if the store does not fit `seq_length` or `vocabulary`.
     """
@@ -35,6 +39,7 @@ class MicroBatchLoader:
         vocabulary: Vocabulary,
         train_sample_boundaries: bool,
         cross_sample_attention: CrossSampleAttention = "masked",
+        pad_to_multiple_of: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         for part in stores_of(store):
@@ -48,6 +53,7 @@ class MicroBatchLoader:
         self._vocabulary = vocabulary
         self._train_sample_boundaries = train_sample_boundaries
         self._cross_sample_attention = cross_sample_attention
+        self._pad_to_multiple_of = pad_to_multiple_of
         self._device = torch.device(device)
         self._builder = ThreadPoolExecutor(1, "micro-batch-loader", initializer=self._enter_thread)
         self._ahead: tuple[int, Future[list[PackedBatch]]] | None = None
@@ -87,18 +93,36 @@ class MicroBatchLoader:
             torch.cuda.set_device(self._device)  # else pinning opens a context on GPU 0 from every rank
 
     def _build(self, step: int) -> list[PackedBatch]:
+        ids_of_step: list[list[int]] = self._order.rows_of_step(step, self._dp_rank).tolist()
+        rows_of_step = [
+            [None if row_id == EMPTY_ROW else self._store.row(row_id) for row_id in row_ids]
+            for row_ids in ids_of_step
+        ]
+        batch_length = self._batch_length(rows_of_step)
         batches = [
             build_packed_batch(
-                [None if row_id == EMPTY_ROW else self._store.row(row_id) for row_id in row_ids],
+                rows,
                 row_ids,
                 seq_length=self._seq_length,
                 vocabulary=self._vocabulary,
                 train_sample_boundaries=self._train_sample_boundaries,
                 cross_sample_attention=self._cross_sample_attention,
+                batch_length=batch_length,
             )
-            for row_ids in self._order.rows_of_step(step, self._dp_rank).tolist()
+            for rows, row_ids in zip(rows_of_step, ids_of_step, strict=True)
         ]
         return [batch.pin_memory() for batch in batches] if self._device.type == "cuda" else batches
+
+    def _batch_length(self, rows_of_step: Sequence[Sequence[PackedRow | None]]) -> int | None:
+        """Tokens of every micro-batch of a step on this rank: a pipeline's messages have one shape.
+
+        Replicas differ: they exchange gradients alone.
+        """
+        multiple = self._pad_to_multiple_of
+        if multiple is None:
+            return None
+        longest = max(sum(len(row.tokens) for row in rows if row is not None) for rows in rows_of_step)
+        return min(-(-max(1, longest) // multiple) * multiple, len(rows_of_step[0]) * self._seq_length)
 
 
 def check_store_fits(store: TokenStore, *, seq_length: int, vocabulary: Vocabulary) -> None:

@@ -147,7 +147,9 @@ class PartsPlan:
 
     def to_json(self) -> bytes:
         record = {"format_version": FORMAT_VERSION, **asdict(self), "vocabulary": self.vocabulary.to_dict()}
-        return json.dumps(record, indent=1, sort_keys=True).encode()
+        return json.dumps(
+            record, indent=1
+        ).encode()  # unsorted: parts are numbered in the order of the stores
 
     @classmethod
     def read(cls, directory: Path) -> PartsPlan:

@@ -24,6 +24,7 @@ _PROBE_BYTES = 64 << 10
 _MOST_PROBLEMS = 10  # of a part, reported at once
 _CHUNK_BYTES = 64 << 10  # what numpy makes of it stays in the cache
 LINE_END = b"\n"
+_WORD = re.compile(rb"[^ \t\r\n]{1,40}")
 _STRAY_BYTE = re.compile(rb"[^0-9 \t\r\n]")
 Record = TypeVar("Record")
 
@@ -189,10 +190,8 @@ def _decimals(padded: np.ndarray, befores: np.ndarray, lasts: np.ndarray) -> np.
     joined to pairs, pairs to fours, fours to the number, at twice the speed of `np.fromstring`.
     """
     widths = lasts - befores
-    if len(widths) and int(widths.max()) > 8:
-        return np.fromstring(
-            padded.tobytes().replace(b"-", b" "), dtype=np.int64, sep=" "
-        )  # its text mode, not deprecated
+    if len(widths) and int(widths.max()) > 8:  # the text mode of fromstring, which is not deprecated
+        return np.fromstring(padded.tobytes().replace(b"-", b" "), dtype=np.int64, sep=" ")
     ending_at = np.ndarray(len(padded) - 7, dtype="<u8", buffer=padded, strides=(1,))  # every 8 bytes
     words = ending_at[lasts]
     foreign_bits = (8 - widths).view(np.uint64) << np.uint64(3)  # the first character is the lowest byte
@@ -213,19 +212,8 @@ def _decimals(padded: np.ndarray, befores: np.ndarray, lasts: np.ndarray) -> np.
 def word_around(text: bytes, at: int) -> str:
     """The word that a malformed byte stands in, for a message."""
     begin = max(text.rfind(separator, 0, at) for separator in (b" ", b"\t", LINE_END, b"\r")) + 1
-    return text[begin : begin + 40].split()[0].decode("utf-8", "backslashreplace")
-
-
-def _next_line_start(file: BinaryIO, at: int, size: int, longest_line_bytes: int) -> int | None:
-    """Where the first line at or after `at` begins, or `size`; None when the line before it is too long."""
-    position = at - 1  # a line end just before `at` counts
-    file.seek(position)
-    while position - at <= longest_line_bytes and (block := file.read(_PROBE_BYTES)):
-        found = block.find(b"\n")
-        position += found + 1 if found >= 0 else len(block)
-        if found >= 0:
-            break
-    return min(position, size) if position - at <= longest_line_bytes else None
+    word = _WORD.match(text, begin)
+    return word[0].decode("utf-8", "backslashreplace") if word else ""
 
 
 def parse_json_lines(
@@ -255,3 +243,15 @@ def parse_json_lines(
             break
     if problems:
         raise DataError(*problems)
+
+
+def _next_line_start(file: BinaryIO, at: int, size: int, longest_line_bytes: int) -> int | None:
+    """Where the first line at or after `at` begins, or `size`; None when the line before it is too long."""
+    position = at - 1  # a line end just before `at` counts
+    file.seek(position)
+    while position - at <= longest_line_bytes and (block := file.read(_PROBE_BYTES)):
+        found = block.find(b"\n")
+        position += found + 1 if found >= 0 else len(block)
+        if found >= 0:
+            break
+    return min(position, size) if position - at <= longest_line_bytes else None

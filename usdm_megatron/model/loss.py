@@ -1,4 +1,4 @@
-"""Cross-entropy over a tensor-parallel, padded vocabulary, and the loss as sums and counts.
+"""Cross-entropy and argmax over a tensor-parallel, padded vocabulary, and the loss as sums and counts.
 
 S = tokens, V = this rank's columns of the padded vocabulary, K = kinds of target.
 """
@@ -76,10 +76,34 @@ def packed_cross_entropy(
 
     The gradient overwrites `logits_SV`: hand it over.
     """
-    width = logits_SV.size(-1)
-    first_column = tp_rank * width
-    columns = min(max(vocabulary_size - first_column, 0), width)
+    first_column, columns = _true_columns(logits_SV, vocabulary_size, tp_rank)
     return _PackedVocabularyCrossEntropy.apply(logits_SV, labels_S, first_column, columns, group)
+
+
+@torch.no_grad()
+def predicted_ids(logits_SV: Tensor, *, vocabulary_size: int, tp_rank: int, group: Any) -> Tensor:
+    """The id of the largest logit, int64 `[S]`, of exactly `vocabulary_size` columns of the padded vocabulary.
+
+    Of equal logits the first, as `torch.argmax` has it; bf16 logits often are equal.
+    """
+    first_column, columns = _true_columns(logits_SV, vocabulary_size, tp_rank)
+    ids_S = torch.full(logits_SV.shape[:1], vocabulary_size, device=logits_SV.device)
+    own_max_S = torch.full_like(ids_S, float("-inf"), dtype=torch.float32)
+    if columns:  # a rank may hold nothing but padding
+        local_S = logits_SV[:, :columns].argmax(dim=-1)
+        own_max_S = logits_SV.gather(1, local_S[:, None]).squeeze(1).float()
+        ids_S = first_column + local_S
+    if dist.get_world_size(group) > 1:
+        max_S = own_max_S.clone()
+        dist.all_reduce(max_S, op=dist.ReduceOp.MAX, group=group)
+        ids_S = torch.where(own_max_S == max_S, ids_S, vocabulary_size)
+        dist.all_reduce(ids_S, op=dist.ReduceOp.MIN, group=group)
+    return ids_S
+
+
+def count_by_kind(mask_S: Tensor, kind_S: Tensor) -> Tensor:
+    """How many tokens of `mask_S` are of each `TargetKind`, float64 `[K]`."""
+    return _members(mask_S, kind_S).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -95,8 +119,7 @@ class LossRecord:
     @classmethod
     def of_tokens(cls, loss_S: Tensor, mask_S: Tensor, kind_S: Tensor) -> LossRecord:
         """The record of one micro-batch: losses, which of them count, and the kind of each target."""
-        kinds_K1 = torch.arange(len(TargetKind), device=kind_S.device)[:, None]
-        member_KS = ((kind_S[None, :] == kinds_K1) & mask_S[None, :]).to(torch.float64)
+        member_KS = _members(mask_S, kind_S)
         counted_S = torch.where(mask_S, loss_S.detach(), 0.0).to(torch.float64)  # 0 x inf would be NaN
         return cls(sums_K=member_KS @ counted_S, counts_K=member_KS.sum(dim=1))
 
@@ -107,6 +130,20 @@ class LossRecord:
 
     def __add__(self, other: LossRecord) -> LossRecord:
         return LossRecord(self.sums_K + other.sums_K, self.counts_K + other.counts_K)
+
+
+def _true_columns(logits_SV: Tensor, vocabulary_size: int, tp_rank: int) -> tuple[int, int]:
+    """The id of this rank's first column, and how many of its columns are no padding."""
+    width = logits_SV.size(-1)
+    first_column = tp_rank * width
+    columns = min(max(vocabulary_size - first_column, 0), width)
+    return first_column, columns
+
+
+def _members(mask_S: Tensor, kind_S: Tensor) -> Tensor:
+    """1 where a token of `mask_S` is of the kind, float64 `[K, S]`."""
+    kinds_K1 = torch.arange(len(TargetKind), device=kind_S.device)[:, None]
+    return ((kind_S[None, :] == kinds_K1) & mask_S[None, :]).to(torch.float64)
 
 
 def _chunks(logits_SV: Tensor) -> list[slice]:

@@ -16,12 +16,19 @@ from usdm_megatron.data.loader import MicroBatchLoader
 from usdm_megatron.data.order import RowOrder
 from usdm_megatron.data.step_work import StepCounter
 from usdm_megatron.errors import Preempted, TrainingFault
-from usdm_megatron.train.metrics import FlopCounter, Reporter, eval_line, loss_fields, train_line
+from usdm_megatron.train.metrics import (
+    FlopCounter,
+    Reporter,
+    accuracy_fields,
+    eval_line,
+    loss_fields,
+    train_line,
+)
 from usdm_megatron.train.optimizer import AdamW
 from usdm_megatron.train.preemption import StopRequest
 from usdm_megatron.train.schedule import Schedule, lr_at
 from usdm_megatron.train.start import TrainState
-from usdm_megatron.train.step import Losses, PipelineStep, StepResult
+from usdm_megatron.train.step import Evaluation, PipelineStep, StepResult
 
 
 @dataclass(frozen=True)
@@ -117,21 +124,25 @@ class Loop:
     def _evaluate(self, state: TrainState) -> TrainState:
         if self.valid_loader is None or self.valid_order is None:
             return state
-        losses = self.evaluate()
-        fields = {**loss_fields(losses), "tokens": losses.targets, "rows": self.valid_order.store_rows}
-        if not losses.targets:
+        evaluation = self.evaluate()
+        fields = {
+            **loss_fields(evaluation),
+            **accuracy_fields(evaluation),
+            "tokens": evaluation.targets,
+            "rows": self.valid_order.store_rows,
+        }
+        if not evaluation.targets:
             fields["loss"] = None  # NaN is no JSON
         self.reporter.write("eval", state.step, **fields)
         self.reporter.say(eval_line(state.step, fields))
-        better = math.isfinite(losses.objective) and (
-            state.best_loss is None or losses.objective < state.best_loss
-        )
+        loss = evaluation.objective
+        better = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if better and self.config.checkpoint.keep_best:
-            state = replace(state, best_loss=losses.objective, best_step=state.step)
+            state = replace(state, best_loss=loss, best_step=state.step)
         return state
 
-    def evaluate(self) -> Losses:
-        """Losses over the whole validation store."""
+    def evaluate(self) -> Evaluation:
+        """Losses and accuracy over the whole validation store."""
         assert self.valid_loader is not None and self.valid_order is not None
         totals = [
             self.step.evaluate(self.valid_loader.step_batches(step)) for step in range(self.valid_order.steps)

@@ -11,7 +11,7 @@ from typing import Any
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.config import LoggingConfig
 from usdm_megatron.data.step_work import StepWork
-from usdm_megatron.train.step import Losses
+from usdm_megatron.train.step import Evaluation, Losses
 from usdm_megatron.vocab import TargetKind
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,6 +43,12 @@ class FlopCounter:
 def loss_fields(losses: Losses) -> dict[str, float | None]:
     """`loss` and `loss_<kind>` for every kind (None without targets)."""
     return {"loss": losses.objective, **{f"loss_{kind.label}": losses.of_kind(kind) for kind in TargetKind}}
+
+
+def accuracy_fields(evaluation: Evaluation) -> dict[str, float | None]:
+    """`accuracy` and `accuracy_<kind>` for every kind, in [0, 1] (None without targets)."""
+    by_kind = {f"accuracy_{kind.label}": evaluation.accuracy_of(kind) for kind in TargetKind}
+    return {"accuracy": evaluation.accuracy, **by_kind}
 
 
 class Reporter:
@@ -178,10 +184,14 @@ def train_line(step: int, steps: int, fields: dict[str, Any]) -> str:
 
 def eval_line(step: int, fields: dict[str, Any]) -> str:
     """The log line of an evaluation."""
-    loss = "none" if fields["loss"] is None else f"{fields['loss']:.4f}"
-    return f"eval at step {step} · loss {loss} {_by_kind(fields)} · {fields['tokens']:,} targets"
+    if fields["loss"] is None:
+        return f"eval at step {step} · no targets"
+    return (
+        f"eval at step {step} · loss {fields['loss']:.4f} {_by_kind(fields)} · accuracy "
+        f"{fields['accuracy']:.2%} {_by_kind(fields, 'accuracy', '.2%')} · {fields['tokens']:,} targets"
+    )
 
 
-def _by_kind(fields: dict[str, Any]) -> str:
-    values = ((kind.label, fields[f"loss_{kind.label}"]) for kind in TargetKind)
-    return "[" + " ".join(f"{label} {value:.4f}" for label, value in values if value is not None) + "]"
+def _by_kind(fields: dict[str, Any], name: str = "loss", form: str = ".4f") -> str:
+    values = ((kind.label, fields[f"{name}_{kind.label}"]) for kind in TargetKind)
+    return "[" + " ".join(f"{label} {value:{form}}" for label, value in values if value is not None) + "]"

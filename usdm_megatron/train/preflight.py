@@ -14,6 +14,7 @@ from usdm_megatron.data.order import RowOrder, rows_of_steps
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.errors import CheckpointError, ConfigError, DataError
 from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.recipes import Task
 from usdm_megatron.train.schedule import Schedule, build_schedule
 from usdm_megatron.train.start import StartPoint
 
@@ -95,6 +96,15 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
         )
     for store in filter(None, (*stores_of(train_store), valid_store)):
         problems += _store_problems(store, config, facts)
+        problems += _target_problems(store, config.task)
+    if config.task == "sft" and config.recipe == "usdm":
+        problems += [
+            f"{store.prefix}: packs {store.summary.samples:,} dialogs into {store.rows:,} rows, and --recipe "
+            "usdm counts a batch in dialogs, one a row; preprocess with --packing none, or set what you want "
+            "of the recipe by its own flags under --recipe corrected"
+            for store in stores_of(train_store)
+            if store.summary.samples > store.rows
+        ]
     if problems:
         raise ConfigError(*problems)
     # what core itself refuses (recomputation, mostly): now, not when the ranks build the model
@@ -179,6 +189,27 @@ def _store_problems(store: TokenStore, config: RunConfig, facts: CheckpointFacts
             f"({own[:12]}…); preprocess with the checkpoint's tokenizer/"
         )
     return problems
+
+
+def _target_problems(store: TokenStore, task: Task) -> list[str]:
+    """Whether the loss mask of `store`, or its absence, is what `task` trains on."""
+    mask, prefix = store.summary.loss_mask, store.prefix
+    if task == "pretrain" and mask is not None:
+        return [
+            f"{prefix}: comes with a loss mask, as dialogs do, and pretrain trains on every token; "
+            "fine-tune on it with usdm-megatron sft"
+        ]
+    if task == "sft" and mask is None:
+        return [
+            f"{prefix}: has no loss mask, so the instruction and the user's speech would be trained on too; "
+            "make the store with python tools/preprocess_data.py dialog (or sft), or use usdm-megatron pretrain"
+        ]
+    if mask is not None and mask.targets == 0:
+        return [
+            f"{prefix}: not one of its {store.tokens:,} tokens is a target, so an epoch of it is empty; "
+            "preprocess again, with labels other than -100"
+        ]
+    return []
 
 
 def _check_position(start: StartPoint, order: RowOrder, store: TrainRows) -> None:

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from usdm_megatron.train.preflight import RunPlan
 
 EXIT_FILE = "exit.json"
+_PAD_MULTIPLE = 64  # tokens, on each tensor parallel rank: matrices whose sides suit a GPU's tiles
 
 
-def run_pretrain(config: RunConfig, environment: RankEnvironment, store: dist.Store | None = None) -> int:
+def run_training(config: RunConfig, environment: RankEnvironment, store: dist.Store | None = None) -> int:
     """Run this rank; returns the exit code, which rank 0 also leaves in `RUN/exit.json`.
 
     `store` is where ranks meet instead of the environment's address (tests: a file). Raises `UserError`
@@ -168,7 +169,7 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
     stack.callback(reporter.close)
     _announce(plan, engine.parameters, groups, reporter)
     state = start.state or TrainState(
-        task="pretrain", step=0, consumed_rows=0, train_store=plan.train_store.identity, layout={}
+        task=config.task, step=0, consumed_rows=0, train_store=plan.train_store.identity, layout={}
     )
     state = dataclasses.replace(state, layout=layout_record(groups.layout))
     loop = Loop(
@@ -215,12 +216,13 @@ def _loader(plan: RunPlan, groups: ProcessGroups, *, training: bool) -> Any:
         vocabulary=plan.facts.vocabulary,
         train_sample_boundaries=config.training.train_sample_boundaries,
         cross_sample_attention=config.model.cross_sample_attention,
+        pad_to_multiple_of=None if config.data.row_padding == "full" else _PAD_MULTIPLE * groups.layout.tp,
         device=groups.device,
     )
 
 
 def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: Any) -> None:
-    from usdm_megatron.data.blend import shares_of
+    from usdm_megatron.data.blend import samples_per_row, shares_of
     from usdm_megatron.recipes import recipe_fields
 
     layout, config = groups.layout, plan.config
@@ -242,6 +244,11 @@ def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: A
     )
     for share in shares_of(plan.train_store):
         reporter.say(f"  {share}")
+    if config.task == "sft" and (dialogs := samples_per_row(plan.train_store)) > 1:
+        reporter.say(
+            f"rows are packed: about {dialogs:.1f} dialogs a row, "
+            f"{dialogs * config.data.global_batch_size:.0f} dialogs a step"
+        )
     for skipped in plan.start.checkpoint.skipped:
         reporter.event(
             plan.start.step, "skipped checkpoint", path=str(skipped.path), why="; ".join(skipped.problems)

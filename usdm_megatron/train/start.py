@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from usdm_megatron.checkpoint.resolve import ResolvedCheckpoint, has_checkpoint, resolve_checkpoint
 from usdm_megatron.config import CheckpointConfig, RunConfig
 from usdm_megatron.config_file import load_config
 from usdm_megatron.errors import CheckpointError, ConfigError
+from usdm_megatron.recipes import Task
 
 RUN_CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
-Task = Literal["pretrain"]
 
 # What may differ between the checkpoint and the run that continues it: layout, micro-batch, duration (and
 # lr_decay_iters, which belongs to it), intervals, logging, kernels. Everything else decides the numbers or
@@ -132,11 +132,11 @@ def check_save_directory(checkpoint: CheckpointConfig) -> None:
         )
 
 
-def check_resumable(config: RunConfig, directory: Path, state: TrainState, task: Task = "pretrain") -> None:
+def check_resumable(config: RunConfig, directory: Path, state: TrainState) -> None:
     """Refuse to continue a run of another task or under other numbers, field by field."""
-    if state.task != task:
+    if state.task != config.task:
         raise CheckpointError(
-            f"{directory} is a {state.task} run and this is {task}; start from its weights with "
+            f"{directory} is a {state.task} run and this is {config.task}; start from its weights with "
             f"--pretrained-checkpoint {directory}"
         )
     saved = load_config(directory / RUN_CONFIG_FILE)

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from usdm_megatron.config import LossReduction
 from usdm_megatron.data.batch import PackedBatch
-from usdm_megatron.model.loss import LossRecord
+from usdm_megatron.model.loss import LossRecord, count_by_kind, packed_cross_entropy, predicted_ids
 from usdm_megatron.model.packed_sequence import RopeTable
 from usdm_megatron.runtime.process_groups import ProcessGroups
 from usdm_megatron.train.optimizer import AdamW
@@ -43,6 +44,22 @@ class Losses:
     def of_kind(self, kind: TargetKind) -> float | None:
         """Mean loss over targets of `kind`; None without any."""
         return self.sums[kind] / self.counts[kind] if self.counts[kind] else None
+
+
+@dataclass(frozen=True)
+class Evaluation(Losses):
+    """Losses of an evaluation, and how many targets were the likeliest token (teacher-forced)."""
+
+    correct: dict[TargetKind, int]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of all targets; None without any."""
+        return sum(self.correct.values()) / self.targets if self.targets else None
+
+    def accuracy_of(self, kind: TargetKind) -> float | None:
+        """Share of the targets of `kind`; None without any."""
+        return self.correct[kind] / self.counts[kind] if self.counts[kind] else None
 
 
 @dataclass(frozen=True)
@@ -69,10 +86,12 @@ class PipelineStep:
         loss_reduction: LossReduction,
     ) -> None:
         self._chunks = chunks
+        self._bare_chunks = unwrap_model(chunks)
         self._groups = groups
         self._rope = rope
         self._dtype = dtype
         self._loss_reduction = loss_reduction
+        self._vocabulary_size = vocabulary.size
         self._kind_of_id = torch.from_numpy(vocabulary.kind_of_id()).to(groups.device)
         self._schedule = get_forward_backward_func()
         config = chunks[0].config
@@ -95,7 +114,7 @@ class PipelineStep:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        totals = self._run(batches, targets=targets, forward_only=False)
+        totals = self._train_totals(batches, targets)
         squared_norm = optimizer.collect_gradients().to(torch.float64)
         tail = torch.stack((squared_norm, torch.full_like(squared_norm, float(stop()))))
         *losses, squared, stops = self._sum_over_world(torch.cat((totals, tail)))
@@ -111,29 +130,47 @@ class PipelineStep:
 
     @torch.no_grad()
     def evaluate(self, batches: list[PackedBatch]) -> Tensor:
-        """This rank's loss totals of one evaluation step; sum them, then `reduce_evaluation`."""
+        """This rank's totals of one evaluation step; sum them, then `reduce_evaluation`."""
+        record = LossRecord.zero(self._groups.device)
+        correct_K = torch.zeros_like(record.counts_K)
+        over_vocabulary: dict[str, Any] = {
+            "vocabulary_size": self._vocabulary_size,
+            "tp_rank": self._groups.coordinates.tp,
+            "group": self._groups.collection.tp,
+        }
+
+        def tally(batch: PackedBatch, logits_1SV: Tensor) -> Tensor:
+            nonlocal record, correct_K
+            logits_SV, labels_S, mask_S = logits_1SV[0], batch.labels.view(-1), batch.loss_mask.view(-1)
+            kind_S = self._kind_of_id[labels_S]
+            correct_S = predicted_ids(logits_SV, **over_vocabulary) == labels_S
+            loss_S = packed_cross_entropy(logits_SV, labels_S, **over_vocabulary)
+            record = record + LossRecord.of_tokens(loss_S, mask_S, kind_S)
+            correct_K = correct_K + count_by_kind(correct_S & mask_S, kind_S)
+            return loss_S.sum()  # core wants a scalar and does nothing with it
+
         for chunk in self._chunks:
             chunk.eval()
-        totals = self._run(batches, targets=1, forward_only=True)
+        # bare: around a bf16 model, core's wrapper would bring the logits to fp32, 1.4 GB at 8,192 x 42,003
+        self._run_schedule(self._bare_chunks, batches, tally, with_labels=False, forward_only=True)
         for chunk in self._chunks:
             chunk.train()
-        return totals
+        return self._once(torch.cat((record.sums_K, record.counts_K, correct_K)))
 
-    def reduce_evaluation(self, totals: Tensor) -> Losses:
+    def reduce_evaluation(self, totals: Tensor) -> Evaluation:
         """Losses over all ranks; the objective of an evaluation is the mean over all targets."""
-        losses = _losses(self._sum_over_world(totals))
-        mean = sum(losses.sums.values()) / losses.targets if losses.targets else math.nan
-        return Losses(objective=mean, sums=losses.sums, counts=losses.counts)
+        sums, counts, correct = torch.tensor(self._sum_over_world(totals)).view(3, -1).tolist()
+        losses = _losses([math.nan, *sums, *counts])
+        mean = sum(sums) / losses.targets if losses.targets else math.nan
+        return Evaluation(mean, losses.sums, losses.counts, _whole(correct))
 
-    def _run(self, batches: list[PackedBatch], *, targets: int, forward_only: bool) -> Tensor:
-        """[objective, sums by kind, counts by kind] of this rank, float64; zeros where it sees no loss."""
-        micro_batches = len(batches)
-        replicas = micro_batches * self._groups.layout.dp
-        device = self._groups.device
-        record = LossRecord.zero(device)
-        objective = torch.zeros((), dtype=torch.float64, device=device)
+    def _train_totals(self, batches: list[PackedBatch], targets: int) -> Tensor:
+        """[objective, sums by kind, counts by kind] of this rank, float64; gradients are accumulated."""
+        replicas = len(batches) * self._groups.layout.dp
+        record = LossRecord.zero(self._groups.device)
+        objective = torch.zeros_like(record.sums_K[:1])
 
-        def loss_function(batch: PackedBatch, loss_1S: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def weigh(batch: PackedBatch, loss_1S: Tensor) -> Tensor:
             nonlocal record, objective
             loss_S, mask_S = loss_1S.view(-1), batch.loss_mask.view(-1)
             total = torch.where(mask_S, loss_S, 0.0).sum()
@@ -143,7 +180,28 @@ class PipelineStep:
                 share = total / mask_S.sum().clamp(min=1) / replicas
             record = record + LossRecord.of_tokens(loss_S, mask_S, self._kind_of_id[batch.labels.view(-1)])
             objective = objective + share.detach().to(torch.float64)
-            return share * replicas, {}
+            return share * replicas
+
+        self._run_schedule(self._chunks, batches, weigh, with_labels=True, forward_only=False)
+        return self._once(torch.cat((objective, record.sums_K, record.counts_K)))
+
+    def _run_schedule(
+        self,
+        chunks: list[Any],
+        batches: list[PackedBatch],
+        loss_of: Callable[[PackedBatch, Tensor], Tensor],
+        *,
+        with_labels: bool,
+        forward_only: bool,
+    ) -> None:
+        """Core's schedule over these micro-batches.
+
+        On the last stage `loss_of(batch, output)` is the scalar that is differentiated; `output` are losses
+        `[1, S]` with labels and logits `[1, S, V]` without.
+        """
+
+        def loss_function(batch: PackedBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss_of(batch, output), {}
 
         def forward_step(iterator: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Any]:
             batch = next(iterator)
@@ -151,23 +209,24 @@ class PipelineStep:
                 batch.tokens,
                 batch.position_ids,
                 None,
-                labels=batch.labels,
+                labels=batch.labels if with_labels else None,
                 packed_seq_params=self._rope.pack(batch, self._dtype),
             )
             return output, partial(loss_function, batch)
 
-        iterators = [iter(batches) for _ in self._chunks]  # each chunk walks all micro-batches
+        iterators = [iter(batches) for _ in chunks]  # each chunk walks all micro-batches
         self._schedule(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self._chunks,
-            num_microbatches=micro_batches,
+            model=chunks,
+            num_microbatches=len(batches),
             seq_length=batches[0].tokens.numel(),
             micro_batch_size=1,  # micro-batch rows are flattened into one
             forward_only=forward_only,
         )
-        totals = torch.cat((objective.view(1), record.sums_K, record.counts_K))
-        # tensor parallel ranks of the last stage all hold the same losses: count the first's
+
+    def _once(self, totals: Tensor) -> Tensor:
+        """Tensor parallel ranks of the last stage all hold the same totals: count the first's."""
         return totals if self._groups.coordinates.tp == 0 else torch.zeros_like(totals)
 
     def _sum_over_world(self, values: Tensor) -> list[float]:
@@ -178,8 +237,8 @@ class PipelineStep:
 def _losses(values: list[float]) -> Losses:
     kinds = list(TargetKind)
     sums, counts = values[1 : 1 + len(kinds)], values[1 + len(kinds) :]
-    return Losses(
-        objective=values[0],
-        sums=dict(zip(kinds, sums, strict=True)),
-        counts={kind: round(count) for kind, count in zip(kinds, counts, strict=True)},
-    )
+    return Losses(objective=values[0], sums=dict(zip(kinds, sums, strict=True)), counts=_whole(counts))
+
+
+def _whole(counts: list[float]) -> dict[TargetKind, int]:
+    return {kind: round(count) for kind, count in zip(TargetKind, counts, strict=True)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from usdm_megatron.cli import pretrain, sft
 from usdm_megatron.cli.pretrain import parse
 from usdm_megatron.config import (
     CheckpointConfig,
@@ -24,7 +24,6 @@ from usdm_megatron.config import (
     ParallelConfig,
     RunConfig,
     TrainingConfig,
-    WeightedStore,
 )
 from usdm_megatron.config_file import (
     dump_config,
@@ -34,7 +33,7 @@ from usdm_megatron.config_file import (
     section_types,
 )
 from usdm_megatron.errors import ConfigError
-from usdm_megatron.recipes import RecipeName, recipe_fields
+from usdm_megatron.recipes import RecipeName, Task, recipe_fields, task_fields
 
 DIFFERENCES = {
     ("training", "train_sample_boundaries"): {"usdm": True, "corrected": False},
@@ -43,6 +42,7 @@ DIFFERENCES = {
     ("optimizer", "decay_norms"): {"usdm": True, "corrected": False},
 }
 RECIPES: tuple[RecipeName, ...] = typing.get_args(RecipeName)
+TASKS: tuple[Task, ...] = typing.get_args(Task)
 
 # --- dump → load → equal, over every field
 
@@ -107,7 +107,7 @@ def of_type(hint: Any) -> st.SearchStrategy[Any]:
     return {int: COUNT, float: POSITIVE, bool: st.booleans(), str: TEXT, type(None): st.none()}[hint]
 
 
-RUN_CONFIGS = st.builds(RunConfig, recipe=st.sampled_from(RECIPES), **sections())
+RUN_CONFIGS = st.builds(RunConfig, task=st.sampled_from(TASKS), recipe=st.sampled_from(RECIPES), **sections())
 
 
 @settings(max_examples=100, deadline=None)
@@ -126,7 +126,8 @@ def test_a_dumped_config_resolves_to_itself(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
-    assert parse(["--config", str(path)])[1] == config
+    command = {"pretrain": pretrain, "sft": sft}[config.task]
+    assert command.parse(["--config", str(path)])[1] == config
 
 
 def test_a_dump_names_every_field() -> None:
@@ -240,6 +241,30 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert read_config_file(tmp_path / "empty.yaml") == {}
 
 
+# --- tasks
+
+
+def test_a_task_decides_defaults_below_everything_else(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {micro_batch_size: 3}\n")
+    _, config = sft.parse(["--config", str(path), "--no-shuffle"])
+    assert (config.task, config.data.micro_batch_size, config.data.shuffle) == ("sft", 3, False)
+    assert config.data.row_padding == "step"
+    assert load_config(path).task == "pretrain"  # as every file that was written before there were two
+
+
+def test_a_file_of_another_task_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run_config.yaml"
+    path.write_text(dump_config(RunConfig()))
+    with pytest.raises(
+        ConfigError, match="task is pretrain and this is usdm-megatron sft; run usdm-megatron"
+    ):
+        sft.parse(["--config", str(path)])
+    path.write_text("task: pre-train\n")
+    with pytest.raises(ConfigError, match="task: is 'pre-train'; expected pretrain, sft"):
+        sft.parse(["--config", str(path)])
+
+
 # --- spelling
 
 
@@ -256,48 +281,6 @@ def test_kebab_and_snake_spelling(arguments: list[str]) -> None:
     _, config = parse(arguments)
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.data.train_data_path == ("a",)
-
-
-BLEND = (WeightedStore("a", Fraction(7, 10)), WeightedStore("b", Fraction(3, 10)))
-
-
-@pytest.mark.parametrize("flag", ["--train-data-path", "--data-path", "--train_data_path"])
-def test_a_blend_on_the_command_line(flag: str) -> None:
-    data = parse([flag, "0.7", "a", "0.3", "b", "--seq-length", "64"])[1].data
-    assert (data.train_data_path, data.train_stores, data.seq_length) == (("0.7", "a", "0.3", "b"), BLEND, 64)
-
-
-@pytest.mark.parametrize("value", ["[0.7, a, 0.3, b]", "['0.7', a, '0.3', b]", "[7.0e-1, a, .3, b]"])
-def test_a_blend_in_a_file(value: str, tmp_path: Path) -> None:
-    """YAML reads weights as numbers; the shortest decimal that gives the same number is what was written."""
-    path = tmp_path / "run.yaml"
-    path.write_text(f"data: {{train_data_path: {value}}}\n")
-    config = load_config(path)
-    assert config.data.train_stores == BLEND
-    path.write_text(dump_config(config))
-    assert load_config(path) == config
-
-
-@pytest.mark.parametrize("value", ["my data/a", "['my data/a']"])
-def test_one_store_in_a_file(value: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(f"data: {{train_data_path: {value}}}\n")
-    data = load_config(path).data
-    assert data.train_data_path == ("my data/a",)
-    assert data.train_stores == (WeightedStore("my data/a", Fraction(1)),)
-
-
-def test_no_store_is_no_store() -> None:
-    assert DataConfig().train_data_path is None
-    assert DataConfig().train_stores == ()
-
-
-@pytest.mark.parametrize("value", ["3", "[true, a]", "{a: 0.7}", "[[0.7, a]]"])
-def test_other_types_are_no_blend(value: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(f"data: {{train_data_path: {value}}}\n")
-    with pytest.raises(ConfigError, match="data.train_data_path: is .*; expected list or null"):
-        read_config_file(path)
 
 
 def test_values_of_two_types() -> None:
@@ -336,31 +319,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (changed("parallel", distributed_timeout_minutes=math.inf), "is inf; it must be a finite number"),
     (changed("data", seq_length=0), "data: seq_length is 0"),
-    (
-        changed("data", train_data_path=("",)),
-        "data: train_data_path is empty; give a value or drop --train-data-path",
-    ),
-    (changed("data", train_data_path=()), "data: train_data_path is empty; give a value or drop"),
-    (changed("data", train_data_path=("0.7", "A", "0.3", " ")), "data: train_data_path is empty"),
-    (
-        changed("data", train_data_path=("0.7", "A", "B")),
-        "data: train_data_path has 3 words; a blend is pairs of weight and prefix, as in 0.7 A 0.3 B",
-    ),
-    *(
-        (
-            changed("data", train_data_path=("1", "A", weight, "B")),
-            f"data: train_data_path: the weight of B is {weight!r}; it must be a positive number",
-        )
-        for weight in ("0", "-0.3", "nan", "inf", "1e999", "C", "1/3", "0x10")
-    ),
-    (
-        changed("data", train_data_path=("1", "dir/A", "2", "B", "3", "dir//./A")),
-        "data: train_data_path names dir/A 2 times; name it once, with the sum of its weights",
-    ),
-    (
-        changed("data", train_data_path=("0.7 A 0.3 B",)),
-        "data: train_data_path '0.7 A 0.3 B' is one word; give a blend as separate words, in YAML as a list",
-    ),
     (changed("optimizer", weight_decay=-1e-5), "optimizer: weight_decay is -1e-05; it must not be negative"),
     (changed("optimizer", lr=math.nan), "optimizer: lr is nan; it must be a finite number"),
     (changed("optimizer", min_lr=1.0), "optimizer: min_lr 1.0 is above lr 2e-05; lower it"),
@@ -414,7 +372,7 @@ def test_config_is_frozen() -> None:
         RunConfig().data.seq_length = 1  # type: ignore[misc]
 
 
-def test_recipe_table_names_existing_fields() -> None:
-    for recipe in RECIPES:
-        for section, fields in recipe_fields(recipe).items():
+def test_tables_of_defaults_name_existing_fields() -> None:
+    for table in (*map(recipe_fields, RECIPES), *map(task_fields, TASKS)):
+        for section, fields in table.items():
             assert set(fields) <= {field.name for field in dataclasses.fields(section_types()[section])}

@@ -20,7 +20,7 @@ from usdm_megatron.config import (
     RunConfig,
     TrainingConfig,
 )
-from usdm_megatron.recipes import RecipeName, recipe_fields
+from usdm_megatron.recipes import RecipeName, Task, recipe_fields
 
 TIMEOUT = timedelta(seconds=100)
 Row = Sequence[Sequence[int]]
@@ -61,6 +61,7 @@ class Layout:
 def run_config(
     layout: Layout,
     *,
+    task: Task = "pretrain",
     recipe: RecipeName = "corrected",
     model: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
@@ -68,9 +69,10 @@ def run_config(
     training: dict[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """A configuration for tests: the recipe's fields, then the given ones."""
+    """A configuration for tests: the recipe's fields, then the given ones; none of the task's defaults."""
     fields = recipe_fields(recipe)
     return RunConfig(
+        task=task,
         recipe=recipe,
         model=ModelConfig(**(model or {})),
         parallel=layout.parallel,
@@ -83,10 +85,10 @@ def run_config(
 
 
 def train(environment: Any, store: Any, config: RunConfig) -> dict[str, Any]:
-    """Run `usdm-megatron pretrain`'s rank; returns the exit code and the ledger of rows read, by step."""
+    """Run the rank of a training command; returns the exit code and the ledger of rows read, by step."""
     from usdm_megatron.data.loader import MicroBatchLoader
     from usdm_megatron.log import quiet_upstream
-    from usdm_megatron.train.run import run_pretrain
+    from usdm_megatron.train.run import run_training
 
     quiet_upstream()
     ledger: dict[int, list[int]] = {}
@@ -99,7 +101,7 @@ def train(environment: Any, store: Any, config: RunConfig) -> dict[str, Any]:
         return batches
 
     MicroBatchLoader.step_batches = recorded
-    return {"code": run_pretrain(config, environment, store), "ledger": ledger}
+    return {"code": run_training(config, environment, store), "ledger": ledger}
 
 
 def load_engine(config: RunConfig, checkpoint: Path, groups: Any) -> tuple[Any, Any]:

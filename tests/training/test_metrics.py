@@ -32,7 +32,8 @@ TRAIN_FIELDS = LOSSES | {
     "kind", "step", "lr", "grad_norm", "tokens", "consumed_rows", "step_time_s", "tokens_per_s",
     "tflops_per_rank", "mfu", "memory_gib",
 }  # fmt: skip
-EVAL_FIELDS = LOSSES | {"kind", "step", "tokens", "rows"}
+ACCURACIES = {"accuracy", *(f"accuracy_{kind}" for kind in KINDS)}
+EVAL_FIELDS = LOSSES | ACCURACIES | {"kind", "step", "tokens", "rows"}
 CHECKPOINT_FIELDS = {"kind", "step", "path", "stall_s", "bytes"}
 ROWS, VALID_ROWS, STEPS = 22, 5, 6
 TWO_REPLICAS = Layout(1, 1, 2)

@@ -12,6 +12,7 @@ from usdm_megatron.errors import EXIT_DONE, EXIT_USER_ERROR
 # verb → (module with `main(argv)`, what it does)
 COMMANDS = {
     "pretrain": ("usdm_megatron.cli.pretrain", "train on packed speech-text rows"),
+    "sft": ("usdm_megatron.cli.sft", "fine-tune on spoken dialogs"),
     "convert": ("usdm_megatron.cli.convert", "import, export, verify: Hugging Face ↔ checkpoint"),
     "preprocess": ("usdm_megatron.cli.preprocess", "cached or packed token data → packed token store"),
     "inspect": (

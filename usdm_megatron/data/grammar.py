@@ -113,7 +113,8 @@ def broken_rules(runs: KindRuns) -> dict[Rule, np.ndarray]:
     kinds, starts, lengths = runs.kinds, runs.starts, runs.lengths
     first = runs.first_runs
     last = np.append(first[1:], len(kinds)) - 1
-    is_first, is_last = (np.isin(np.arange(len(kinds)), ends) for ends in (first, last))
+    is_first, is_last = np.zeros((2, len(kinds)), dtype=np.bool_)
+    is_first[first] = is_last[last] = True
     before = np.where(is_first, _OUTSIDE, np.roll(kinds, 1))
     after = np.where(is_last, _OUTSIDE, np.roll(kinds, -1))
     is_modality = _IS_MODALITY[kinds]
@@ -136,13 +137,13 @@ def broken_rules(runs: KindRuns) -> dict[Rule, np.ndarray]:
 
 def token_name(vocabulary: Vocabulary, token_id: int) -> str:
     """A token without its tokenizer: `bos`, `<|continue|>`, `<|unit5|>`; text as its id."""
-    kind = vocabulary.kind_of_id()[token_id]
-    if kind == TargetKind.UNIT:
-        return unit_token(token_id - vocabulary.first_unit_id)
-    names = {TargetKind.CONTINUE: CONTINUE_TOKEN, TargetKind.CORRESPOND: CORRESPOND_TOKEN}
-    names |= {TargetKind.EOS: "eos", TargetKind.BOS: "bos"}
-    is_pad = vocabulary.has_speech and token_id == vocabulary.pad_id
-    return PAD_TOKEN if is_pad else names.get(TargetKind(kind), str(token_id))
+    names = {vocabulary.bos_id: "bos", vocabulary.eos_id: "eos"}
+    if vocabulary.has_speech:
+        names |= {vocabulary.continue_id: CONTINUE_TOKEN, vocabulary.correspond_id: CORRESPOND_TOKEN}
+        names |= {vocabulary.pad_id: PAD_TOKEN}
+        if vocabulary.first_unit_id <= token_id < vocabulary.pad_id:
+            return unit_token(token_id - vocabulary.first_unit_id)
+    return names.get(token_id, str(token_id))
 
 
 def _kind_table(vocabulary: Vocabulary) -> np.ndarray:
@@ -158,14 +159,15 @@ def _offence(rule: Rule, at: int, block: RowsOfStore, vocabulary: Vocabulary) ->
     row_start = int(row_starts[row])
     row_end = row_start + int(block.row_lengths[row])
     around = range(max(row_start, at - _TOKENS_AROUND), min(row_end, at + _TOKENS_AROUND + 1))
-    names = (token_name(vocabulary, int(block.tokens[token])) for token in around)
+    names = [token_name(vocabulary, token_id) for token_id in block.tokens[around].tolist()]
+    names[at - around[0]] = f"[{names[at - around[0]]}]"
     return Offence(
         rule=rule,
         row=block.first_row + row,
         sample=sample - int(np.searchsorted(sample_starts, row_start)),
         position=at - int(sample_starts[sample]),
         token_id=int(block.tokens[at]),
-        around=" ".join(f"[{name}]" if token == at else name for token, name in zip(around, names)),
+        around=" ".join(names),
     )
 
 

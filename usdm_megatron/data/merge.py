@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from usdm_megatron.data.executors import Executor
-from usdm_megatron.data.file_writing import check_free_space, reported, write_atomically
+from usdm_megatron.data.file_writing import check_free_space, remove_leftovers, reported, write_atomically
 from usdm_megatron.data.merged_samples import MergedSamples, Rejected, in_test_split, strict_error
 from usdm_megatron.data.packing import Packing, pack
 from usdm_megatron.data.part_files import Part, PartFiles, open_part
@@ -208,6 +208,7 @@ def _publish(
     report = _report_path(output_prefix, plan)
     if report is not None:
         with reported(report):
+            remove_leftovers(report.parent, {report.name})
             write_atomically(report, _report_json(plan, summaries, rejected))
     _record_stage(output_prefix, plan, "published", summaries, rejected)
     return MergeResult(

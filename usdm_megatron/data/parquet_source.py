@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Of a row group, encoded but not compressed: a thousand rows of 8,192 int64, as `datasets` cuts its row
 # groups. Ids take 2 bytes (dictionary) to 8, so a part takes at most four times as much in memory.
 PART_BYTES = 64 << 20
+_LARGEST_GROUP_BYTES = 1 << 40  # what is above is damage, and would make parts without end
+_MOST_GROUP_ROWS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ def _parts(path: Path) -> Iterator[ParquetPart]:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         first_row = 0
         for number, group in enumerate(groups):
+            if not 0 <= group.total_byte_size < _LARGEST_GROUP_BYTES or group.num_rows > _MOST_GROUP_ROWS:
+                raise DataError(
+                    f"{path}: row group {number} says that it holds {group.num_rows} rows in "
+                    f"{group.total_byte_size} bytes; write the file again"
+                )
             # Not by the ids a column says it has: pyarrow (26) aborts over damaged facts of a column.
             parts = -(-group.total_byte_size // PART_BYTES)
             batch_rows = max(1, group.num_rows // max(1, parts))

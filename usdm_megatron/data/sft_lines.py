@@ -96,7 +96,7 @@ def _halves(text: bytes, place: LinePlace) -> tuple[bytes, bytes]:
 def _parse_labels(text: bytes, place: LinePlace) -> NumberLines:
     """Parse lines of decimal ids and -100; anything else is a `DataError`."""
     characters = np.frombuffer(text, dtype=np.uint8)
-    stray = _STRAY_BYTE.search(text)
+    stray = _STRAY_BYTE.search(text) if text.translate(None, b"0123456789- \t\r\n") else None
     at = stray.start() if stray else _misplaced_minus(characters)
     if at is not None:
         line = place(text.count(b"\n", 0, at))

@@ -58,7 +58,7 @@ def row_blocks(store: TokenStore, block_tokens: int = BLOCK_TOKENS) -> Iterator[
     while first < store.rows:
         most = int(row_ends[first] - row_lengths[first]) + block_tokens
         end = max(first + 1, int(np.searchsorted(row_ends, most, side="right")))
-        yield _block(store, first, row_lengths[first:end])
+        yield read_rows(store, first, end)
         first = end
 
 
@@ -78,8 +78,9 @@ def runs_of(block: RowsOfStore, kind_of_id: np.ndarray) -> KindRuns:
     )
 
 
-def _block(store: TokenStore, first: int, row_lengths: np.ndarray) -> RowsOfStore:
-    rows = [store.row(row_id) for row_id in range(first, first + len(row_lengths))]
+def read_rows(store: TokenStore, first: int, end: int) -> RowsOfStore:
+    """The rows `[first, end)`, at least one; `DataError` for ids outside the vocabulary."""
+    rows = [store.row(row_id) for row_id in range(first, end)]
     tokens = np.concatenate([row.tokens for row in rows])
     masks = [row.loss_mask for row in rows if row.loss_mask is not None]
     size = store.summary.vocabulary.size
@@ -90,7 +91,7 @@ def _block(store: TokenStore, first: int, row_lengths: np.ndarray) -> RowsOfStor
         )
     return RowsOfStore(
         first_row=first,
-        row_lengths=row_lengths,
+        row_lengths=np.array([len(row.tokens) for row in rows], dtype=np.int64),
         sample_lengths=np.concatenate([row.sample_lengths for row in rows], dtype=np.int64),
         tokens=tokens,
         loss_mask=np.concatenate(masks) if masks else None,

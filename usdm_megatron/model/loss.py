@@ -82,7 +82,7 @@ def packed_cross_entropy(
 
 @torch.no_grad()
 def predicted_ids(logits_SV: Tensor, *, vocabulary_size: int, tp_rank: int, group: Any) -> Tensor:
-    """The id of the largest logit, int64 `[S]`, of exactly `vocabulary_size` columns of the padded vocabulary.
+    """The id of the largest logit, int64 `[S]`, among `vocabulary_size` columns of the padded vocabulary.
 
     Of equal logits the first, as `torch.argmax` has it; bf16 logits often are equal.
     """

@@ -202,7 +202,8 @@ def _target_problems(store: TokenStore, task: Task) -> list[str]:
     if task == "sft" and mask is None:
         return [
             f"{prefix}: has no loss mask, so the instruction and the user's speech would be trained on too; "
-            "make the store with python tools/preprocess_data.py dialog (or sft), or use usdm-megatron pretrain"
+            "make the store with python tools/preprocess_data.py dialog (or sft), or train with "
+            "usdm-megatron pretrain"
         ]
     if mask is not None and mask.targets == 0:
         return [

@@ -159,10 +159,11 @@ class PipelineStep:
 
     def reduce_evaluation(self, totals: Tensor) -> Evaluation:
         """Losses over all ranks; the objective of an evaluation is the mean over all targets."""
-        sums, counts, correct = torch.tensor(self._sum_over_world(totals)).view(3, -1).tolist()
-        losses = _losses([math.nan, *sums, *counts])
-        mean = sum(sums) / losses.targets if losses.targets else math.nan
-        return Evaluation(mean, losses.sums, losses.counts, _whole(correct))
+        values, kinds = self._sum_over_world(totals), len(TargetKind)
+        sums, counts = _by_kind(values[:kinds]), _whole(values[kinds : 2 * kinds])
+        targets = sum(counts.values())
+        mean = sum(sums.values()) / targets if targets else math.nan
+        return Evaluation(mean, sums, counts, correct=_whole(values[2 * kinds :]))
 
     def _train_totals(self, batches: list[PackedBatch], targets: int) -> Tensor:
         """[objective, sums by kind, counts by kind] of this rank, float64; gradients are accumulated."""
@@ -235,10 +236,13 @@ class PipelineStep:
 
 
 def _losses(values: list[float]) -> Losses:
-    kinds = list(TargetKind)
-    sums, counts = values[1 : 1 + len(kinds)], values[1 + len(kinds) :]
-    return Losses(objective=values[0], sums=dict(zip(kinds, sums, strict=True)), counts=_whole(counts))
+    kinds = len(TargetKind)
+    return Losses(values[0], sums=_by_kind(values[1 : 1 + kinds]), counts=_whole(values[1 + kinds :]))
+
+
+def _by_kind(values: list[float]) -> dict[TargetKind, float]:
+    return dict(zip(TargetKind, values, strict=True))
 
 
 def _whole(counts: list[float]) -> dict[TargetKind, int]:
-    return {kind: round(count) for kind, count in zip(TargetKind, counts, strict=True)}
+    return {kind: round(count) for kind, count in _by_kind(counts).items()}

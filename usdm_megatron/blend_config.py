@@ -1,4 +1,4 @@
-"""`--train-data-path`: the prefix of a token store, or pairs of weight and prefix (`0.7 A 0.3 B`), a blend."""
+"""`--train-data-path`: the prefix of a token store, or a blend of several by weight (`0.7 A 0.3 B`)."""
 
 from __future__ import annotations
 

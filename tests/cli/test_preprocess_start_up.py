@@ -14,7 +14,7 @@ COMMANDS = ["cache", "packed", "samples", "speech-text", "dialog", "sft", "merge
     [
         (("--help",), 0, "speech-text"),
         *(((command, "--help"), 0, "--output-prefix") for command in COMMANDS),
-        (("samples", "--input", "x", "--output-prefix", "y", "--shard", "3"), 2, "it takes i/n"),
+        (("samples", "--input", __file__, "--output-prefix", "y", "--shard", "3"), 2, "it takes i/n"),
         (("samples", "--input", "x", "--output-prefix", "y", "--epochs", "3"), 2, "--epochs"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

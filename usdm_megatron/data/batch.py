@@ -95,8 +95,7 @@ def build_packed_batch(
                 labels[sample_ends] = 0
                 loss_mask[sample_ends] = False
             segments.append(row.sample_lengths if cross_sample_attention == "masked" else np.array([length]))
-        if length < span:
-            segments.append(np.array([span - length]))
+        segments.append(_padding_segments(span - length, seq_length))
         start += span
     lengths = np.concatenate(segments)
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
@@ -130,3 +129,9 @@ def _row_spans(
     if sum(lengths) > batch_length:
         raise ValueError(f"{sum(lengths)} tokens do not fit a batch of {batch_length}")
     return [*lengths[:-1], batch_length - sum(lengths[:-1])]
+
+
+def _padding_segments(tokens: int, seq_length: int) -> np.ndarray:
+    """Padding as segments of at most `seq_length`: no position may lie beyond a row's last."""
+    starts = np.arange(0, tokens, seq_length)
+    return np.minimum(tokens - starts, seq_length)

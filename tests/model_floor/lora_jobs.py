@@ -16,8 +16,8 @@ from tests.tiny import VOCABULARY, WINDOW
 from tests.training import jobs, reference
 from tests.training.jobs import Layout, Row
 from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.model.lora.names import adapter_entries, entry_shape
-from usdm_megatron.model.lora.spec import LoraSpec
 from usdm_megatron.vocab import Vocabulary
 
 SEED = 11

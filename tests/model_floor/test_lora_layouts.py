@@ -19,8 +19,8 @@ from tests.tiny import MODEL
 from tests.training import jobs, reference
 from tests.training.jobs import Layout
 from usdm_megatron.architecture import HFArchitecture
-from usdm_megatron.model.lora.names import TARGETS, adapter_entries, entry_of_peft, entry_shape
-from usdm_megatron.model.lora.spec import LoraSpec
+from usdm_megatron.lora_spec import TARGETS, LoraSpec
+from usdm_megatron.model.lora.names import adapter_entries, entry_of_peft, entry_shape
 
 ARCHITECTURE = HFArchitecture.from_hf_config(MODEL)
 ALL_AND_ROWS = spec(*TARGETS, new=True)

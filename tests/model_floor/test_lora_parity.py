@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY
 from tests.training import reference
 from tests.training.jobs import Layout
-from usdm_megatron.model.lora.names import TARGETS
+from usdm_megatron.lora_spec import TARGETS
 
 LOGITS_TOLERANCE = 1e-5  # max |Δ| / max |logit|; PEFT's own fp32 rounding is a fifth of it
 GRADIENT_TOLERANCE = 1e-4  # max |Δ| / max |g| per tensor

@@ -21,11 +21,11 @@ from usdm_megatron.config import ParallelConfig
 from usdm_megatron.convert.name_table import entry_of_parameter as base_entry
 from usdm_megatron.convert.name_table import from_hf
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.lora_spec import TARGETS, LoraSpec
 from usdm_megatron.model.architecture import build_transformer_config
 from usdm_megatron.model.build import _new_ids
 from usdm_megatron.model.lora import names
 from usdm_megatron.model.lora.adapter import FusedRows, fuse_b, initial_a, with_lora
-from usdm_megatron.model.lora.spec import LoraSpec
 from usdm_megatron.vocab import Vocabulary
 
 MODEL = HFArchitecture(
@@ -67,7 +67,7 @@ def test_new_embeddings_need_new_ids() -> None:
 
 
 def test_names_both_ways() -> None:
-    for entry in names.adapter_entries(names.TARGETS, MODEL, train_new_embeddings=True):
+    for entry in names.adapter_entries(TARGETS, MODEL, train_new_embeddings=True):
         for layer in entry.layers(MODEL):
             module_name = entry.core_key.replace("layers.", f"layers.{layer}.")
             assert names.entry_of_parameter(module_name) == (entry, layer)
@@ -97,7 +97,7 @@ CORE_WEIGHT = {
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(sorted(CORE_WEIGHT)),
-    st.sets(st.sampled_from(names.TARGETS)),
+    st.sets(st.sampled_from(TARGETS)),
     st.integers(1, 3),
     st.data(),
 )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from usdm_megatron.data.token_runs import BLOCK_TOKENS, KindRuns, RowsOfStore, row_blocks, runs_of
+from usdm_megatron.data.token_runs import BLOCK_TOKENS, RowsOfStore, row_blocks, runs_of
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.vocab import (
     CONTINUE_TOKEN,
@@ -88,13 +88,12 @@ def check_grammar(store: TokenStore, *, listed: int = 10, block_tokens: int = BL
 
     Raises `DataError` for ids outside the vocabulary.
     """
-    rules = rules_for(store)
-    kind_of_id = _kind_table(store.summary.vocabulary)
+    rules, vocabulary = rules_for(store), store.summary.vocabulary
     counts = dict.fromkeys(rules, 0)
     rows = samples = 0
     first: list[Offence] = []
     for block in row_blocks(store, block_tokens):
-        broken = broken_rules(runs_of(block, kind_of_id))
+        broken = broken_rules(block, vocabulary)
         for rule in rules:
             counts[rule] += len(broken[rule])
         positions = np.concatenate([broken[rule] for rule in rules])
@@ -104,12 +103,13 @@ def check_grammar(store: TokenStore, *, listed: int = 10, block_tokens: int = BL
         samples += len(np.unique(_last_at_most(block.sample_starts(), positions)))
         which = np.repeat(np.arange(len(rules)), [len(broken[rule]) for rule in rules])
         for at in np.argsort(positions, kind="stable")[: listed - len(first)]:
-            first.append(_offence(rules[which[at]], int(positions[at]), block, store.summary.vocabulary))
+            first.append(_offence(rules[which[at]], int(positions[at]), block, vocabulary))
     return GrammarReport(counts, rows, samples, tuple(first))
 
 
-def broken_rules(runs: KindRuns) -> dict[Rule, np.ndarray]:
-    """Tokens of the block (int64, rising) at which each rule is broken; kinds as of `_kind_table`."""
+def broken_rules(block: RowsOfStore, vocabulary: Vocabulary) -> dict[Rule, np.ndarray]:
+    """Tokens of the block (int64, rising) at which each rule is broken."""
+    runs = runs_of(block, _kind_table(vocabulary))
     kinds, starts, lengths = runs.kinds, runs.starts, runs.lengths
     first = runs.first_runs
     last = np.append(first[1:], len(kinds)) - 1

@@ -91,6 +91,9 @@ def describe(report: StoreReport, *, whole_row: bool = False) -> list[str]:
 def _describe_summary(report: StoreReport) -> list[str]:
     summary, statistics = report.summary, report.statistics
     vocabulary = summary.vocabulary
+    in_use = f"{statistics.text_ids_in_use:,} text ids"
+    if vocabulary.has_speech:
+        in_use += f", {statistics.units_in_use:,} of {vocabulary.unit_count:,} units"
     lines = [
         f"  rows         {summary.rows:,}",
         f"  samples      {summary.samples:,} ({summary.samples / summary.rows:.1f} a row)",
@@ -98,8 +101,7 @@ def _describe_summary(report: StoreReport) -> list[str]:
         f"  longest row  {summary.longest_row:,} of {summary.row_capacity:,}",
         f"  fill         {summary.fill:.1%}",
         f"  largest id   {statistics.largest_id:,} of {vocabulary.size:,}",
-        f"  in use       {statistics.text_ids_in_use:,} text ids, "
-        f"{statistics.units_in_use:,} of {vocabulary.unit_count:,} units",
+        f"  in use       {in_use}",
         f"  tokenizer    {summary.tokenizer_sha256 or 'not recorded'}",
         f"  identity     {report.identity}",
     ]

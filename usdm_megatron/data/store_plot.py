@@ -18,7 +18,7 @@ def check_plot(path: Path) -> None:
         problems.append(f"--plot is {path}; it takes the name of a .png file")
     if not path.parent.is_dir():
         problems.append(f"--plot is {path}, but {path.parent} is no directory; make it first")
-    if importlib.util.find_spec("matplotlib") is None:
+    if not importlib.util.find_spec("matplotlib"):
         problems.append("--plot needs matplotlib; install it with `pip install 'usdm_megatron[plot]'`")
     if problems:
         raise ConfigError(*problems)
@@ -44,7 +44,7 @@ def write_plot(report: StoreReport, path: Path) -> None:
     if statistics.targets_by_kind is not None:
         targets = {kind.label: count for kind, count in statistics.targets_by_kind.items()}
         kinds.barh(list(targets), list(targets.values()), height=0.4, label="of them targets")
-        kinds.legend()
+        kinds.legend(loc="lower right")
     _bars(patterns, {pattern.value: n for pattern, n in statistics.samples_by_pattern.items()}, "samples")
     try:
         figure.savefig(path, format="png", dpi=120)
@@ -60,6 +60,8 @@ def _histogram(axes: Any, lengths: Lengths, of: str, what: str) -> None:
 
 
 def _bars(axes: Any, counts: dict[str, int], what: str) -> None:
-    axes.barh(list(counts), list(counts.values()))
+    bars = axes.barh(list(counts), list(counts.values()))
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+    axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set(xlabel=what)

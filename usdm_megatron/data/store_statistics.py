@@ -117,7 +117,8 @@ _PATTERN_OF_PRESENCE = [_pattern(presence) for presence in range(1 << len(Target
 
 
 def _by_powers_of_two(lengths: np.ndarray) -> Lengths:
-    return _lengths(lengths, 1 << np.arange(int(lengths.max()).bit_length() + 1))
+    lowest, highest = (int(length).bit_length() for length in (lengths.min(), lengths.max()))
+    return _lengths(lengths, 1 << np.arange(lowest - 1, highest + 1))
 
 
 def _by_tenths(lengths: np.ndarray, capacity: int) -> Lengths:

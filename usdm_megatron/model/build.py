@@ -17,9 +17,9 @@ from torch.func import functional_call
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.config import CoreAttention
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.model.layer_spec import build_block_spec
 from usdm_megatron.model.lora.new_rows import NewRows
-from usdm_megatron.model.lora.spec import LoraSpec
 from usdm_megatron.model.lora.state import freeze_base, start_adapters
 from usdm_megatron.model.loss import packed_cross_entropy
 from usdm_megatron.runtime.process_groups import ProcessGroups

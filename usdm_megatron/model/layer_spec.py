@@ -11,9 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from usdm_megatron.config import CoreAttention
+from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.model.attention import packed_core_attention
 from usdm_megatron.model.lora.adapter import with_lora
-from usdm_megatron.model.lora.spec import LoraSpec
 
 
 class RMSNorm(torch.nn.Module):

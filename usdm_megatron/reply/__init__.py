@@ -1,1 +1,1 @@
-"""Does it listen and answer: the original's three-step inference on an exported model, and its error rates."""
+"""Does it listen and answer: three-step inference with an exported model, and its error rates."""

@@ -1,4 +1,4 @@
-"""Word and unit error rates: edits (insertions, deletions, substitutions) over the length of the reference."""
+"""Word and unit error rates: insertions, deletions and substitutions over the length of the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ErrorCount:
     def rate(self) -> float:
         """Edits over the reference; above 1 where more was said than asked for.
 
-        Without anything in the reference: 0 without edits, else infinite.
+        An empty reference: 0 without edits, else infinite.
         """
         if self.reference:
             return self.edits / self.reference

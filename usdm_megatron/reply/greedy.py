@@ -5,7 +5,8 @@ Letters: B = rows that still write, T = tokens, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,19 @@ class GreedyDecoder:
     """Continues prompts with the likeliest token that a rule allows, as `generate` does without sampling.
 
     A row ends at the rule's stop token, after `max_new_tokens`, or when it is `context_tokens` long.
+    `load` gives the model when the first prompt comes: wrong input is found before it is loaded.
     """
 
-    def __init__(self, model: Any, context_tokens: int, max_new_tokens: int | None = None) -> None:
-        self._model = model
+    def __init__(
+        self, load: Callable[[], Any], context_tokens: int, max_new_tokens: int | None = None
+    ) -> None:
+        self._load = load
         self._context_tokens = context_tokens
         self._max_new_tokens = context_tokens if max_new_tokens is None else max_new_tokens
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._load()
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[np.ndarray], rule: StepRule) -> list[Continuation]:
@@ -86,7 +94,8 @@ class GreedyDecoder:
             attended_BT = torch.nn.functional.pad(attended_BT, (0, 1), value=1)
             positions_BT = positions_BT[:, -1:] + 1
         return [
-            Continuation(np.array(ids, dtype=np.int32), end) for ids, end in zip(written, stopped, strict=True)
+            Continuation(np.array(ids, dtype=np.int32), end)
+            for ids, end in zip(written, stopped, strict=True)
         ]
 
     def _left_padded(self, prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

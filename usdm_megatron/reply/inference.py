@@ -15,8 +15,9 @@ reply text keeps its place in the template.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from usdm_megatron.errors import DataError
 from usdm_megatron.reply.model_directory import ModelDirectory
 from usdm_megatron.vocab import CORRESPOND_TOKEN
 
+STEPS = ("transcript", "reply text", "reply units")
 _LINE_END = "\n"
 _ANY_TEXT = "."
 _ANY_UNITS = np.zeros(1, dtype=np.int32)
@@ -57,7 +59,12 @@ class Reply:
     transcript: str
     text: str
     units: np.ndarray
-    unfinished: tuple[str, ...] = ()  # steps that ran out of tokens before their stop
+    unfinished: tuple[str, ...] = ()  # of `STEPS`, those that ran out of tokens before their stop
+
+    def to_json(self) -> str:
+        """One object."""
+        record = {**asdict(self), "units": self.units.tolist()}
+        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
 class DialogPrompts:
@@ -110,23 +117,21 @@ class Replier:
     def reply(self, heard: Sequence[np.ndarray]) -> list[Reply]:
         """The reply to every first-step prompt; raises `DataError` where one leaves no room to write."""
         self._check_room(heard)
-        steps: list[list[Continuation]] = []
-        steps.append(self._decode(heard, self.transcript_rule))
-        transcripts = [self.transcript_of(step.ids) for step in steps[-1]]
+        recognised = self._decode(heard, self.transcript_rule)
+        transcripts = [self.transcript_of(step.ids) for step in recognised]
         prompts = list(map(self.prompts.for_text, heard, transcripts))
-        steps.append(self._decode(prompts, self.text_rule))
-        texts = [self.text_of(step.ids) for step in steps[-1]]
+        answered = self._decode(prompts, self.text_rule)
+        texts = [self.text_of(step.ids) for step in answered]
         prompts = list(map(self.prompts.for_units, heard, transcripts, texts))
-        steps.append(self._decode(prompts, self.units_rule))
-        names = ("transcript", "reply text", "reply units")
+        spoken = self._decode(prompts, self.units_rule)
         return [
             Reply(
                 transcript=transcript,
                 text=text,
-                units=self.units_of(spoken.ids),
-                unfinished=tuple(name for name, step in zip(names, own, strict=True) if not step.stopped),
+                units=self.units_of(steps[-1].ids),
+                unfinished=tuple(name for name, step in zip(STEPS, steps, strict=True) if not step.stopped),
             )
-            for transcript, text, spoken, *own in zip(transcripts, texts, steps[-1], *steps, strict=True)
+            for transcript, text, *steps in zip(transcripts, texts, recognised, answered, spoken, strict=True)
         ]
 
     def transcript_of(self, ids: np.ndarray) -> str:

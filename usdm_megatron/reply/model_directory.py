@@ -56,9 +56,7 @@ def open_model_directory(path: Path) -> ModelDirectory:
         raise DataError(f"--model {path}: no such directory; it takes what {_EXPORT} wrote")
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise DataError(
-                f"--model {path}: holds an adapter without its base; export it with --merge-lora"
-            )
+            raise DataError(f"--model {path}: holds an adapter without its base; export it with --merge-lora")
         raise DataError(f"--model {path}: no config.json in it; it takes what {_EXPORT} wrote")
     architecture = HFArchitecture.from_hf_config(read_json_object(path / "config.json"))
     if not has_tokenizer(path):

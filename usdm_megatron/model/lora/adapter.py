@@ -42,8 +42,8 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.model.lora.names import Projection, projections_of
-from usdm_megatron.model.lora.spec import LoraSpec
 
 Spec = TypeVar("Spec", TransformerBlockSubmodules, ModuleSpec)
 _ADAPTED_LINEARS = {"self_attention": ("linear_qkv", "linear_proj"), "mlp": ("linear_fc1", "linear_fc2")}

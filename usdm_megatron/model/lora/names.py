@@ -57,7 +57,6 @@ PROJECTIONS = (
     _mlp(5, "up_proj", "linear_fc1", "hidden", "ffn"),
     _mlp(6, "down_proj", "linear_fc2", "ffn", "hidden"),
 )
-TARGETS = tuple(projection.target for projection in PROJECTIONS)
 
 
 def projections_of(linear: str) -> tuple[Projection, ...]:

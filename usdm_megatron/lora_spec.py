@@ -6,8 +6,9 @@ import difflib
 from dataclasses import dataclass
 
 from usdm_megatron.errors import ConfigError
-from usdm_megatron.model.lora.names import TARGETS
 
+# The projections that can be adapted, as PEFT's `target_modules` names them.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})  # PEFT's own for Mistral
 
 

@@ -1,4 +1,4 @@
-"""`inspect store`: figures against plain counting, the example row, JSON, the picture, exit codes."""
+"""`inspect store`: figures against plain counting, lines, JSON, the picture, exit codes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,13 @@ import numpy as np
 import pytest
 
 from usdm_megatron.cli import main
-from usdm_megatron.data.dialog import DialogTemplate, Turn, exchanges
-from usdm_megatron.data.example_row import TextDecoder, read_example
 from usdm_megatron.data.grammar import check_grammar
 from usdm_megatron.data.inspect_store import describe, inspect_store
+from usdm_megatron.data.loss_mask import without_first_tokens
 from usdm_megatron.data.store_statistics import Pattern, count_tokens
-from usdm_megatron.data.text_encoder import TextEncoder, extended_tokenizer
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.data.token_store_writer import TokenStoreWriter
-from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
-from usdm_megatron.errors import DataError
-from usdm_megatron.tokenizer.files import extend_tokenizer
-from usdm_megatron.vocab import USDM_VOCABULARY, TargetKind, Vocabulary
+from usdm_megatron.vocab import TargetKind, Vocabulary
 
 V = Vocabulary(text_size=20, unit_count=7)
 BOS, EOS, C, R, U = V.bos_id, V.eos_id, V.continue_id, V.correspond_id, V.first_unit_id
@@ -38,32 +33,31 @@ ROWS = [
     [[BOS, 5, R, U, EOS], [BOS, 5, R, U, C, 5, 5, EOS]],
     [[BOS, 5, U, EOS], [BOS, EOS], [BOS, 9, EOS]],
 ]
-NO_MATPLOTLIB = importlib.util.find_spec("matplotlib") is None
+needs_matplotlib = pytest.mark.skipif(
+    not importlib.util.find_spec("matplotlib"), reason="needs matplotlib (extra plot)"
+)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain tokenizer of Mistral-7B-v0.1."""
-    return write_mistral_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def dialog_store(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    """Two dialogs of one exchange, a row each, with the loss mask of the template."""
-    template = DialogTemplate(TextEncoder(tokenizer_dir).encode, USDM_VOCABULARY)
-    prefix = tmp_path_factory.mktemp("dialogs") / "D"
-    with TokenStoreWriter(prefix, USDM_VOCABULARY, row_capacity=200, with_loss_mask=True) as writer:
-        for text in ("How are you?", "Well\x1b[31m"):
-            turns = [Turn("A", text, np.arange(30)), Turn("B", "i'm fine", np.array([7, 8]))]
-            sample = template.sample(exchanges(turns, 0))
-            one = np.array([1])
-            writer.append(sample.tokens, np.array([len(sample.tokens)]), one, loss_mask=sample.loss_mask)
-        writer.finish(tokenizer_sha256=extended_tokenizer(tokenizer_dir).sha256)
-    return TokenStore.open(prefix)
+@pytest.fixture
+def masked_store(tmp_path: Path) -> TokenStore:
+    """`ROWS` with random targets, none of them in row 1."""
+    rng = np.random.default_rng(0)
+    with TokenStoreWriter(tmp_path / "masked", V, row_capacity=100, with_loss_mask=True) as writer:
+        for number, row in enumerate(ROWS):
+            tokens = np.concatenate([np.array(sample) for sample in row])
+            lengths = np.array([len(sample) for sample in row])
+            mask = without_first_tokens(rng.integers(0, 2, len(tokens)) * (number != 1), lengths)
+            writer.append(tokens, lengths, np.array([len(row)]), loss_mask=mask)
+        writer.finish()
+    return TokenStore.open(tmp_path / "masked")
 
 
 def inspect(*arguments: object) -> int:
     return main(["inspect", "store", *map(str, arguments)])
+
+
+def words_of(printed: str) -> list[str]:
+    return [" ".join(line.split()) for line in printed.splitlines()]
 
 
 # --- figures
@@ -126,27 +120,21 @@ def test_figures_against_plain_counting(
     assert found.sample_lengths.edges[:3] == (2, 4, 8)
 
 
-def test_targets_by_kind(write_store: Callable[..., TokenStore], tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
+def test_targets_by_kind(masked_store: TokenStore) -> None:
     counts: Counter[TargetKind] = Counter()
-    with TokenStoreWriter(tmp_path / "P", V, row_capacity=100, with_loss_mask=True) as writer:
-        for row in ROWS:
-            tokens = np.concatenate([np.array(sample) for sample in row])
-            lengths = np.array([len(sample) for sample in row])
-            mask = rng.integers(0, 2, len(tokens)) * (row is not ROWS[1])  # row 1 without a target
-            mask[np.cumsum(lengths) - lengths] = 0
-            counts.update(kind_of(token_id, V) for token_id in tokens[mask == 1].tolist())
-            writer.append(tokens, lengths, np.array([len(row)]), loss_mask=mask)
-        writer.finish()
-    store = TokenStore.open(tmp_path / "P")
-    for block_tokens in (1, 20, 1000):
-        found = count_tokens(store, block_tokens)
+    for row_id in range(masked_store.rows):
+        row = masked_store.row(row_id)
+        assert row.loss_mask is not None
+        masked = zip(row.tokens.tolist(), row.loss_mask.tolist(), strict=True)
+        counts.update(kind_of(token_id, V) for token_id, is_target in masked if is_target)
+    for found in (count_tokens(masked_store, block_tokens) for block_tokens in (1, 20, 1000)):
         assert found.targets_by_kind == {kind: counts[kind] for kind in TargetKind}
         assert found.rows_without_target == 1
     assert counts[TargetKind.TEXT] and counts[TargetKind.UNIT] and not counts[TargetKind.BOS]
-    printed = " ".join("\n".join(describe(inspect_store(store))).split())
-    assert f"targets {counts.total()} (" in printed and "no target in 1 rows" in printed
-    assert f"{counts[TargetKind.UNIT]} targets" in printed
+    words = words_of("\n".join(describe(inspect_store(masked_store))))
+    assert f"targets {counts.total()} ({counts.total() / 35:.1%} of the tokens)" in words
+    assert "no target in 1 rows" in words
+    assert f"text 9 25.7% {counts[TargetKind.TEXT]} targets" in words
 
 
 def test_memory_does_not_grow_with_the_store(write_store: Callable[..., TokenStore]) -> None:
@@ -161,78 +149,6 @@ def test_memory_does_not_grow_with_the_store(write_store: Callable[..., TokenSto
         assert peak < 1_000_000
 
 
-# --- the example row
-
-
-def test_an_example_without_tokenizer(write_store: Callable[..., TokenStore]) -> None:
-    example = read_example(write_store(ROWS), 1)
-    assert [sample.length for sample in example.samples] == [5, 8]
-    runs = [(run.kind, run.numbers) for run in example.samples[1].runs]
-    assert runs == [
-        ("bos", (BOS,)),
-        ("text", (5,)),
-        ("correspond", (R,)),
-        ("unit", (0,)),
-        ("continue", (C,)),
-        ("text", (5, 5)),
-        ("eos", (EOS,)),
-    ]
-    assert {run.text for sample in example.samples for run in sample.runs} == {None}
-    with pytest.raises(DataError, match=r"--row is 3; .* has the rows 0 to 2"):
-        read_example(write_store(ROWS, "other"), 3)
-
-
-def test_a_dialog_reads_as_its_template(dialog_store: TokenStore, tokenizer_dir: Path) -> None:
-    decoder = TextDecoder(tokenizer_dir, dialog_store.summary)
-    (sample,) = read_example(dialog_store, 0, decoder).samples
-    assert sample.targets == int(dialog_store.row(0).loss_mask.sum())  # type: ignore[union-attr]
-    runs = [(run.kind, run.is_target, run.text or run.numbers) for run in sample.runs]
-    instruction = runs.pop(1)
-    assert instruction[2].startswith("Below is a conversation") and instruction[2].endswith("### User\n")  # type: ignore[union-attr]
-    assert runs == [
-        ("bos", False, (1,)),
-        ("unit", False, tuple(range(30))),
-        ("correspond", False, (32_001,)),
-        ("text", True, "how are you?\n"),
-        ("text", False, "### Agent\n"),
-        ("text", True, "i'm fine"),
-        ("correspond", True, (32_001,)),
-        ("unit", True, (7, 8)),
-        ("text", True, "▁"),
-        ("text", False, "\n"),
-        ("eos", False, (2,)),
-    ]
-
-
-@pytest.mark.parametrize("form", ["plain", "extended", "sentencepiece"])
-def test_every_form_of_the_tokenizer_decodes(
-    dialog_store: TokenStore, tokenizer_dir: Path, tmp_path: Path, form: str
-) -> None:
-    directory = tokenizer_dir
-    if form == "extended":
-        directory = tmp_path / "extended"
-        extend_tokenizer(tokenizer_dir, directory, USDM_VOCABULARY, model_max_length=1)
-    elif form == "sentencepiece":
-        directory = tmp_path
-        (tmp_path / "tokenizer.model").write_bytes((tokenizer_dir / "tokenizer.model").read_bytes())
-    decoder = TextDecoder(directory, dialog_store.summary)
-    assert decoder.decode(TextEncoder(tokenizer_dir).encode("naïve 梦 words").tolist()) == "naïve 梦 words"
-
-
-def test_another_tokenizer_is_refused(
-    dialog_store: TokenStore, write_store: Callable[..., TokenStore], tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match="has 32000 ids, the store's vocabulary 30, of which 20 are text"):
-        TextDecoder(tokenizer_dir, write_store(ROWS).summary)  # by its size: the store records no hash
-    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
-    content["model"]["merges"] = content["model"]["merges"][:-1]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="is not the tokenizer that the store was made with"):
-        TextDecoder(tmp_path, dialog_store.summary)
-    with pytest.raises(DataError, match=r"neither tokenizer\.json nor tokenizer\.model"):
-        TextDecoder(tmp_path / "nothing", dialog_store.summary)
-
-
 # --- the command
 
 
@@ -241,8 +157,7 @@ def test_what_a_person_reads(
 ) -> None:
     store = write_store(ROWS, row_capacity=20)
     assert inspect(store.prefix, "--verify") == 0
-    lines = capsys.readouterr().out.splitlines()
-    words = [" ".join(line.split()) for line in lines]
+    words = words_of(capsys.readouterr().out)
     for expected in (
         "rows 3",
         "samples 8 (2.7 a row)",
@@ -250,7 +165,7 @@ def test_what_a_person_reads(
         "longest row 13 of 20",
         "fill 58.3%",
         "in use 4 text ids, 3 of 7 units",
-        "text 10 28.6%",
+        "text 9 25.7%",
         "unit 6 17.1%",
         "text only 2 25.0%",
         "continue and correspond 1 12.5%",
@@ -263,33 +178,7 @@ def test_what_a_person_reads(
         "verified every byte matches its checksum, every id is in the vocabulary",
     ):
         assert expected in words
-    assert not any("grammar" in line for line in lines)
-
-
-def test_a_row_is_shown_whole_when_asked_for(
-    write_store: Callable[..., TokenStore], capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = write_store([[[BOS, 5, EOS]] * 5, [[BOS, *([5] * 20), EOS]]])
-    assert inspect(store.prefix) == 0
-    printed = capsys.readouterr().out
-    assert "sample 2: 3 tokens" in printed and "sample 3" not in printed
-    assert "… 2 more samples: --row 0 shows them" in printed
-    assert inspect(store.prefix, "--row", 0) == 0
-    assert "sample 4: 3 tokens" in capsys.readouterr().out
-    assert inspect(store.prefix, "--row", 1) == 0
-    assert f"      text           20  {'5 ' * 14}…\n" in capsys.readouterr().out
-    assert inspect(store.prefix, "--row", 2) == 2
-    assert inspect(store.prefix, "--row", -1) == 2
-    assert "--row is -1" in capsys.readouterr().err
-
-
-def test_text_cannot_drive_the_terminal(
-    dialog_store: TokenStore, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert inspect(dialog_store.prefix, "--row", 1, "--tokenizer", tokenizer_dir) == 0
-    printed = capsys.readouterr().out
-    assert r"'well\x1b[31m\n'" in printed and "\x1b" not in printed
-    assert "    * text" in printed and "      unit           30  0 1 2 3 4 5 6 7 8 9 10 11 12 13 …" in printed
+    assert not any("grammar" in line for line in words)
 
 
 def test_broken_grammar_is_exit_code_2(
@@ -298,7 +187,7 @@ def test_broken_grammar_is_exit_code_2(
     store = write_store(ROWS)
     assert inspect(store.prefix, "--grammar", "--offences", 1) == 2
     captured = capsys.readouterr()
-    words = [" ".join(line.split()) for line in captured.out.splitlines()]
+    words = words_of(captured.out)
     for expected in (
         "grammar 2 offences in 2 samples of 1 rows",
         "unmarked_switch 1 text and units meet only at <|continue|> or <|correspond|>",
@@ -319,7 +208,7 @@ def test_json(write_store: Callable[..., TokenStore], capsys: pytest.CaptureFixt
     record = json.loads(capsys.readouterr().out)
     assert record["rows"] == 3 and record["fill"] == store.summary.fill
     assert record["identity"] == store.identity and record["verified"] is True
-    kinds = {"text": 10, "unit": 6, "continue": 2, "correspond": 2, "eos": 8, "bos": 8}
+    kinds = {"text": 9, "unit": 6, "continue": 2, "correspond": 2, "eos": 8, "bos": 8}
     assert record["tokens_by_kind"] == kinds
     assert record["samples_by_pattern"]["unmarked"] == 1 and record["targets_by_kind"] is None
     assert record["sample_lengths"]["counts"] == [3, 4, 1]
@@ -337,24 +226,23 @@ def test_json(write_store: Callable[..., TokenStore], capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["grammar"] is None
 
 
-def test_json_of_a_masked_store(dialog_store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect(dialog_store.prefix, "--json", "--verify", "--grammar") == 0
+def test_json_of_a_masked_store(masked_store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(masked_store.prefix, "--json", "--verify", "--grammar") == 2
     record = json.loads(capsys.readouterr().out)
     assert sum(record["targets_by_kind"].values()) == record["loss_mask"]["targets"]
     assert "unmarked_switch" not in record["grammar"]["count_by_rule"]
 
 
 def test_a_damaged_store(write_store: Callable[..., TokenStore], capsys: pytest.CaptureFixture[str]) -> None:
-    prefix = write_store(ROWS).prefix
+    prefix = write_store(ROWS[:2]).prefix
     path = Path(f"{prefix}.bin")
     content = bytearray(path.read_bytes())
     content[-4:-2] = np.array([6], dtype="<u2").tobytes()  # another word: a legal store, but not this one
     path.write_bytes(content)
-    assert inspect(prefix, "--grammar") == 2  # of the rows as they were written
+    assert inspect(prefix, "--grammar") == 0
     capsys.readouterr()
     assert inspect(prefix, "--verify") == 2
-    captured = capsys.readouterr()
-    assert "sha256 is" in captured.err and captured.out == ""
+    assert "sha256 is" in (captured := capsys.readouterr()).err and captured.out == ""
     assert inspect(f"{prefix}-typo") == 2
     assert "no token store" in capsys.readouterr().err
 
@@ -362,8 +250,8 @@ def test_a_damaged_store(write_store: Callable[..., TokenStore], capsys: pytest.
 # --- the picture
 
 
-@pytest.mark.skipif(NO_MATPLOTLIB, reason="needs matplotlib (extra plot)")
-def test_plot(dialog_store: TokenStore, tmp_path: Path) -> None:
+@needs_matplotlib
+def test_plot(masked_store: TokenStore, tmp_path: Path) -> None:
     """In a process of its own: no display, and nothing of pyplot's global state."""
     code = (
         "import sys; from usdm_megatron.cli import main; code = main(sys.argv[1:]);"
@@ -371,14 +259,13 @@ def test_plot(dialog_store: TokenStore, tmp_path: Path) -> None:
     )
     picture = tmp_path / "store.png"
     picture.write_text("an older one")
-    command = [sys.executable, "-c", code, "inspect", "store", dialog_store.prefix, "--plot", str(picture)]
+    command = [sys.executable, "-c", code, "inspect", "store", masked_store.prefix, "--plot", str(picture)]
     subprocess.run(command, check=True, timeout=60, capture_output=True)
-    header = picture.read_bytes()[:24]
-    assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(header[16:20], "big") > 1000  # pixels wide
+    content = picture.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
 
 
-@pytest.mark.skipif(NO_MATPLOTLIB, reason="needs matplotlib (extra plot)")
+@needs_matplotlib
 def test_broken_grammar_is_drawn_too(write_store: Callable[..., TokenStore], tmp_path: Path) -> None:
     assert inspect(write_store(ROWS).prefix, "--grammar", "--plot", tmp_path / "p.png") == 2
     assert (tmp_path / "p.png").stat().st_size > 10_000

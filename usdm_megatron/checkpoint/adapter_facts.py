@@ -1,7 +1,7 @@
 """What a checkpoint of an adapter says about itself: how it adapts, and which base it belongs to.
 
-adapter.json   `{"base": {"directory", "sha256"}, "lora": {"r", "alpha", "dropout", "targets", …}}`; a checkpoint
-               of whole weights has none
+adapter.json   `{"base": {"directory", "sha256"}, "lora": {"r", "alpha", "dropout", "targets", …}}`;
+               a checkpoint of whole weights has none
 
 A base is known by the sha256 of its `integrity.json`, which covers every file of it.
 """
@@ -22,6 +22,7 @@ from usdm_megatron.file_reading import file_sha256
 from usdm_megatron.lora_spec import TARGETS, LoraSpec
 
 ADAPTER_FILE = "adapter.json"
+_MOST_HASHES_SAID = 3
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def resolve_base(facts: AdapterFacts, override: Path | None = None) -> Path:
             if problems := verify_integrity(path):
                 raise CheckpointError(*problems)
             return path
-    found = ", ".join(f"{digest[:12]}…" for digest in hashes.values())
+    found = ", ".join(f"{digest[:12]}…" for digest in list(hashes.values())[:_MOST_HASHES_SAID])
     raise CheckpointError(
         f"{where} is another model than the adapter's base: the sha256 of its {INTEGRITY_FILE} is {found}, "
         f"recorded is {facts.base_sha256[:12]}…; {remedy}"

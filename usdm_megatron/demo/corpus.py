@@ -1,194 +1,154 @@
-"""A small speech-text corpus with something to learn, in the format of USDM's stage 4.
+"""A small corpus with something to learn, in the formats that the preprocessor takes.
 
-A word always sounds the same (its two speech units, with a little noise and varying duration),
-so whoever reads `units <|correspond|> text` can find the text in the units. Utterances are
-words at random: nothing else predicts them, and held-out combinations are new.
+    speech.jsonl    utterances: units, and words with their times   → preprocess_data.py speech-text
+    dialogs.jsonl   turns: text and units                           → preprocess_data.py dialog
+
+A word always sounds the same (its few speech units, with a little noise and varying duration), so whoever
+reads `units <|correspond|> text` can find the text in the units. Sentences are words at random, and no
+two are equal: nothing else predicts them, and whatever a split holds out was never said in training.
+The agent answers every word of the user by the next one of the word list.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from usdm_megatron.data.alignment import UNITS_PER_SECOND
 from usdm_megatron.demo.settings import DEMO, DemoSettings
-from usdm_megatron.demo.tokenizer import mistral_sentencepiece_model
-from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
+from usdm_megatron.vocab import USDM_VOCABULARY
 
 # fmt: off
-WORDS = [
+WORDS = (  # each is one token of Mistral's
     "river", "stone", "cloud", "garden", "winter", "summer", "window", "yellow", "silver", "market",
     "dinner", "morning", "evening", "music", "letter", "doctor", "school", "flower", "forest", "mountain",
     "island", "bridge", "train", "station", "kitchen", "table", "paper", "story", "picture", "water",
-    "coffee", "bread", "apple", "orange", "horse", "dragon", "castle", "engine", "planet", "ocean",
-    "desert", "valley", "button", "candle", "mirror", "ladder", "hammer",
-]
+)
 # fmt: on
-HELDOUT_FILE = "heldout.jsonl"
-Tokenize = Callable[[str], list[int]]
+UTTERANCES = "speech.jsonl"
+DIALOGS = "dialogs.jsonl"
+SPEAKERS = ("user", "agent")
+Sentence = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Utterance:
-    """Words, and for each the speech units (0 .. 9,999) that it lasts for."""
+class Speech:
+    """The words of a sentence, and for each the speech units (0 .. 9,999) that it lasts for."""
 
-    words: tuple[str, ...]
+    words: Sentence
     units: tuple[tuple[int, ...], ...]
 
     @property
-    def unit_count(self) -> int:
-        return sum(map(len, self.units))
+    def all_units(self) -> list[int]:
+        return list(chain.from_iterable(self.units))
+
+    def to_utterance(self, utterance_id: str) -> dict[str, Any]:
+        """A line of a manifest; times are in seconds."""
+        bounds_s = [units / UNITS_PER_SECOND for units in accumulate(map(len, self.units), initial=0)]
+        return {
+            "id": utterance_id,
+            "units": self.all_units,
+            "words": [
+                {"text": word, "start": start_s, "end": end_s}
+                for word, (start_s, end_s) in zip(self.words, pairwise(bounds_s), strict=True)
+            ],
+        }
+
+    def to_turn(self, speaker: str) -> dict[str, Any]:
+        """A turn of a dialog."""
+        return {"speaker": speaker, "text": " ".join(self.words), "units": self.all_units}
+
+
+def reply_to(sentence: Sentence) -> Sentence:
+    """What the agent answers: for every word the next one of the list."""
+    return tuple(WORDS[(WORDS.index(word) + 1) % len(WORDS)] for word in sentence)
 
 
 class Speaker:
-    """Draws utterances; the same seed draws the same ones."""
+    """Draws sentences, none twice, and says them; the same seed draws the same ones."""
 
-    def __init__(self, settings: DemoSettings, rng: np.random.Generator) -> None:
-        self.settings = settings
-        self.rng = rng
-        self.vocabulary = WORDS[: settings.words]
-        sounds = rng.choice(USDM_VOCABULARY.unit_count, settings.words * settings.word_units, replace=False)
-        self.sounds = dict(zip(self.vocabulary, sounds.reshape(settings.words, -1), strict=True))
-        self.all_units = sounds
+    def __init__(self, settings: DemoSettings) -> None:
+        self._settings = settings
+        self._rng = np.random.default_rng(settings.seed)
+        self._all_sounds = self._rng.choice(
+            USDM_VOCABULARY.unit_count, len(WORDS) * settings.word_units, replace=False
+        )
+        self.sounds = dict(zip(WORDS, self._all_sounds.reshape(len(WORDS), -1).tolist(), strict=True))
+        self._said: set[Sentence] = set()
 
-    def utter(self, length: tuple[int, int]) -> Utterance:
-        """An utterance of `length[0]` to `length[1]` words."""
-        count = int(self.rng.integers(length[0], length[1] + 1))
-        words = tuple(self.vocabulary[i] for i in self.rng.integers(0, len(self.vocabulary), count))
-        return Utterance(words, tuple(self._pronounce(word) for word in words))
+    def utterances(self) -> Iterator[Speech]:
+        """Sentences by themselves: short ones, and now and then a long one."""
+        settings = self._settings
+        for _ in range(settings.utterances):
+            is_long = self._rng.random() < settings.long_utterance_share
+            words = settings.long_utterance_words if is_long else settings.short_utterance_words
+            (sentence,) = self._new_sentences(words, 1)
+            yield self.say(sentence)
 
-    def utter_any(self) -> Utterance:
-        """A short utterance, or now and then a long one."""
-        settings = self.settings
-        long = self.rng.random() < settings.long_utterance_share
-        return self.utter(settings.long_utterance_words if long else settings.short_utterance_words)
+    def dialogs(self) -> Iterator[list[Speech]]:
+        """Sentences that answer one another, a turn each."""
+        settings = self._settings
+        for _ in range(settings.dialogs):
+            turns = self._between(settings.dialog_turns)
+            yield [self.say(sentence) for sentence in self._new_sentences(settings.dialog_words, turns)]
+
+    def say(self, sentence: Sentence) -> Speech:
+        return Speech(sentence, tuple(map(self._pronounce, sentence)))
+
+    def _new_sentences(self, words: tuple[int, int], turns: int) -> list[Sentence]:
+        """A sentence of `words[0]` to `words[1]` words and the replies to it, none of them said before."""
+        while True:
+            drawn = self._rng.integers(0, len(WORDS), self._between(words))
+            sentences = [tuple(WORDS[index] for index in drawn)]
+            while len(sentences) < turns:
+                sentences.append(reply_to(sentences[-1]))
+            if self._said.isdisjoint(sentences):
+                self._said.update(sentences)
+                return sentences
 
     def _pronounce(self, word: str) -> tuple[int, ...]:
         units: list[int] = []
         for unit in self.sounds[word]:
-            if self.rng.random() < self.settings.noisy_unit_share:
-                unit = self.rng.choice(self.all_units)
-            units += [int(unit)] * (2 if self.rng.random() < self.settings.repeated_unit_share else 1)
+            is_noisy = self._rng.random() < self._settings.noisy_unit_share
+            lasts = 2 if self._rng.random() < self._settings.repeated_unit_share else 1
+            units += [int(self._rng.choice(self._all_sounds)) if is_noisy else unit] * lasts
         return tuple(units)
 
-
-def segment_bounds(utterance: Utterance, segment_units: int, rng: np.random.Generator) -> list[int]:
-    """Word indices at which an utterance is cut, first and last included.
-
-    The rule of USDM's stage 2: units // segment_units + 1 segments; inner cuts are drawn from a
-    normal around the even split, truncated at one segment, and moved to the nearest word start.
-    """
-    starts = np.cumsum([0, *map(len, utterance.units)])
-    segment = utterance.unit_count / (utterance.unit_count // segment_units + 1)
-    cuts = {0, len(utterance.words)}
-    for k in range(1, utterance.unit_count // segment_units + 1):
-        offset = rng.normal(0, segment / 2)
-        while abs(offset) > segment:
-            offset = rng.normal(0, segment / 2)
-        cuts.add(int(np.argmin(np.abs(starts - (k * segment + offset)))))
-    return sorted(cuts)
-
-
-def interleave(
-    utterance: Utterance,
-    *,
-    tokenize: Tokenize,
-    vocabulary: Vocabulary,
-    segment_units: int,
-    rng: np.random.Generator,
-) -> list[int]:
-    """Token ids of one interleaved sample, `[bos] … [eos]`, by the rule of USDM's stage 2."""
-    ids = [vocabulary.bos_id]
-    last_was_text: bool | None = None
-    for start, end in pairwise(segment_bounds(utterance, segment_units, rng)):
-        ids_of = {
-            True: tokenize(" ".join(utterance.words[start:end])),
-            False: unit_ids(utterance.units[start:end], vocabulary),
-        }
-        is_text = bool(rng.random() < 0.5)
-        if last_was_text is not None and last_was_text != is_text:
-            ids.append(vocabulary.continue_id)
-        ids += ids_of[is_text]
-        if rng.random() < 0.5:
-            ids.append(vocabulary.correspond_id)
-            is_text = not is_text
-            ids += ids_of[is_text]
-        last_was_text = is_text
-    return [*ids, vocabulary.eos_id]
-
-
-def unit_ids(units: tuple[tuple[int, ...], ...], vocabulary: Vocabulary) -> list[int]:
-    """Token ids of the units of several words."""
-    return [vocabulary.first_unit_id + unit for word in units for unit in word]
-
-
-def pack_in_order(samples: Iterator[list[int]], seq_length: int) -> Iterator[list[int]]:
-    """Rows of whole samples, at most `seq_length` ids each, in order (the original's stage 3)."""
-    row: list[int] = []
-    for sample in samples:
-        if row and len(row) + len(sample) > seq_length:
-            yield row
-            row = []
-        row = row + sample
-    if row:
-        yield row
-
-
-def mistral_tokenize() -> Tokenize:
-    """Text → ids without bos, as stage 2 tokenizes a segment."""
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_sentencepiece_model()))
-    return lambda text: list(model.encode(text))
+    def _between(self, bounds: tuple[int, int]) -> int:
+        return int(self._rng.integers(bounds[0], bounds[1] + 1))
 
 
 def write_demo_corpus(directory: Path, settings: DemoSettings = DEMO) -> Path:
-    """Write `directory` (a `datasets.DatasetDict`: `train` and `test`, column `input_ids`).
-
-    `heldout.jsonl` beside the two splits keeps the utterances behind `test`, for the swap figure.
-    The same settings write the same rows.
-    """
-    from datasets import Dataset, DatasetDict
-
-    rng = np.random.default_rng(settings.seed)
-    speaker = Speaker(settings, rng)
-    heldout = [speaker.utter_any() for _ in range(settings.heldout_utterances)]
-    unseen = {utterance.words for utterance in heldout}
-    tokenize = mistral_tokenize()
-
-    def sample_of(utterance: Utterance) -> list[int]:
-        return interleave(
-            utterance,
-            tokenize=tokenize,
-            vocabulary=USDM_VOCABULARY,
-            segment_units=settings.segment_units,
-            rng=rng,
-        )
-
-    def train_samples() -> Iterator[list[int]]:
-        while True:
-            utterance = speaker.utter_any()
-            if utterance.words not in unseen:
-                yield sample_of(utterance)
-
-    packed = pack_in_order(train_samples(), settings.seq_length)
-    train = [next(packed) for _ in range(settings.train_rows)]
-    test = list(pack_in_order(map(sample_of, heldout), settings.seq_length))
-    splits = {
-        "train": Dataset.from_dict({"input_ids": train}),
-        "test": Dataset.from_dict({"input_ids": test}),
-    }
-    DatasetDict(splits).save_to_disk(str(directory))
-    lines = [json.dumps({"words": utterance.words, "units": utterance.units}) for utterance in heldout]
-    (directory / HELDOUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Write `speech.jsonl` and `dialogs.jsonl` into `directory`; the same settings write the same bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    speaker = Speaker(settings)
+    _write_lines(
+        directory / UTTERANCES,
+        (
+            speech.to_utterance(f"utterance-{number:05}")
+            for number, speech in enumerate(speaker.utterances())
+        ),
+    )
+    _write_lines(
+        directory / DIALOGS,
+        (
+            {"id": f"dialog-{number:05}", "turns": _turns(dialog)}
+            for number, dialog in enumerate(speaker.dialogs())
+        ),
+    )
     return directory
 
 
-def read_heldout(directory: Path) -> list[Utterance]:
-    """The held-out utterances that `write_demo_corpus` kept."""
-    records = map(json.loads, (directory / HELDOUT_FILE).read_text(encoding="utf-8").splitlines())
-    return [Utterance(tuple(record["words"]), tuple(map(tuple, record["units"]))) for record in records]
+def _turns(dialog: Sequence[Speech]) -> list[dict[str, Any]]:
+    return [speech.to_turn(SPEAKERS[number % 2]) for number, speech in enumerate(dialog)]
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)

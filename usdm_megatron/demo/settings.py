@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Shape of the demo's model, corpus and run."""
+    """Shape of the demo's model, corpus, preprocessing and run."""
 
     seed: int = 42
 
@@ -30,28 +30,36 @@ class DemoSettings:
     initializer_range: float = 0.1  # at 0.02 so small a model learns nothing across modalities in time
 
     # corpus
-    words: int = 30
     word_units: int = 2  # speech units that a word is made of
     repeated_unit_share: float = 0.25  # a unit lasts twice as long
     noisy_unit_share: float = 0.05  # a unit is another one
+    utterances: int = 5600  # a little more than the run reads
     short_utterance_words: tuple[int, int] = (3, 6)
     long_utterance_words: tuple[int, int] = (9, 16)
     long_utterance_share: float = 0.1
-    segment_units: int = 32  # the original's 500 (10 s), for utterances of this length
-    heldout_utterances: int = 200
-    swap_utterances: int = 100
+    dialogs: int = 1500
+    dialog_turns: tuple[int, int] = (2, 4)
+    dialog_words: tuple[int, int] = (3, 5)
+
+    # preprocessing
+    seq_length: int = 128  # tokens a row
+    epochs: int = 2  # draws of every utterance
+    heldout_share: float = 0.05  # of utterances, and of dialogs
+    dialog_seq_length: int = 160  # tokens
 
     # run
-    seq_length: int = 128  # tokens a row
     global_batch_size: int = 4  # rows
     micro_batch_size: int = 1  # rows
     train_iters: int = 330  # steps
     lr: float = 4e-3
     lr_warmup_iters: int = 10  # steps
 
+    # report
+    swap_utterances: int = 100
+
     @property
     def train_rows(self) -> int:
-        """Rows that exactly fill every step: each is read once, in order."""
+        """Rows that the run reads, each once, in order."""
         return self.train_iters * self.global_batch_size
 
 

@@ -6,20 +6,32 @@ right ones and misled by the wrong ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from usdm_megatron.demo.corpus import Tokenize, Utterance, mistral_tokenize, read_heldout, unit_ids
-from usdm_megatron.demo.settings import DEMO, DemoSettings
-from usdm_megatron.vocab import USDM_VOCABULARY, TargetKind, Vocabulary
+import numpy as np
+
+from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.demo.settings import DEMO
+from usdm_megatron.errors import DataError
+from usdm_megatron.vocab import TargetKind, Vocabulary
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is said in a sample, twice: as ids of units `[N]` and of text `[T]`."""
+
+    units: np.ndarray
+    text: np.ndarray
 
 
 @dataclass(frozen=True)
 class SwapRows:
     """Samples `[bos] units <|correspond|> text [eos]`; `own[i]` and `other[i]` differ in the units only."""
 
-    own: list[list[int]]
-    other: list[list[int]]
+    own: list[np.ndarray]
+    other: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -35,42 +47,52 @@ class SwapFigure:
         return 1 - self.own_loss / self.other_loss
 
 
-def swap_rows(
-    heldout: list[Utterance], settings: DemoSettings = DEMO, vocabulary: Vocabulary = USDM_VOCABULARY
-) -> SwapRows:
-    """Both row sets, from the utterances that the interleaving rule leaves in one segment.
+def read_pairs(store: TokenStore, most: int) -> list[Pair]:
+    """The first `most` samples that say something in both modalities; no text comes twice (epochs do).
 
-    Utterance i gets the units of the next one that says something else, so no row keeps its own.
+    `DataError` if there are fewer than two: nothing could be swapped.
     """
-    whole = [utterance for utterance in heldout if utterance.unit_count < settings.segment_units]
-    whole = whole[: settings.swap_utterances]
-    tokenize = mistral_tokenize()
-    own, other = [], []
-    for i, utterance in enumerate(whole):
-        following = whole[i + 1 :] + whole[:i]
-        stranger = next(candidate for candidate in following if candidate.words != utterance.words)
-        own.append(_row(utterance, utterance, tokenize, vocabulary))
-        other.append(_row(stranger, utterance, tokenize, vocabulary))
-    return SwapRows(own, other)
+    pairs: dict[bytes, Pair] = {}
+    for sample in _samples(store):
+        pair = _pair_of(sample, store.summary.vocabulary)
+        if pair is not None:
+            pairs.setdefault(pair.text.tobytes(), pair)
+        if len(pairs) == most:
+            break
+    if len(pairs) < 2:
+        raise DataError(
+            f"{store.prefix}: holds {len(pairs)} samples of units and their text, the swap figure needs two; "
+            "hold out more utterances"
+        )
+    return list(pairs.values())
 
 
-def swap_figure(
-    model_directory: Path, corpus_directory: Path, vocabulary: Vocabulary = USDM_VOCABULARY
-) -> SwapFigure:
-    """The figure of an extended Hugging Face model, computed by transformers alone."""
+def swap_rows(pairs: list[Pair], vocabulary: Vocabulary) -> SwapRows:
+    """Both row sets; every text gets the units of the next pair, so none keeps its own."""
+    others = [*pairs[1:], pairs[0]]
+    return SwapRows(
+        own=[_row(pair.units, pair.text, vocabulary) for pair in pairs],
+        other=[_row(other.units, pair.text, vocabulary) for pair, other in zip(pairs, others, strict=True)],
+    )
+
+
+def swap_figure(model_directory: Path, heldout_prefix: Path, most: int = DEMO.swap_utterances) -> SwapFigure:
+    """The figure of an extended Hugging Face model on a held-out store, computed by transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    rows = swap_rows(read_heldout(corpus_directory), vocabulary=vocabulary)
+    store = TokenStore.open(heldout_prefix)
+    vocabulary = store.summary.vocabulary
+    rows = swap_rows(read_pairs(store, most), vocabulary)
     # a directory on this machine; older transformers load fp32, newer ones the type that was saved
     model = AutoModelForCausalLM.from_pretrained(model_directory)  # nosec B615 - nothing is downloaded
     model = model.float().eval()
     kinds = torch.from_numpy(vocabulary.kind_of_id())
 
-    def text_loss(samples: list[list[int]]) -> float:
+    def text_loss(samples: list[np.ndarray]) -> float:
         loss_sum, targets = 0.0, 0
         for sample in samples:
-            ids = torch.tensor([sample])
+            ids = torch.from_numpy(sample)[None]
             is_text = kinds[ids[0, 1:]] == int(TargetKind.TEXT)
             with torch.no_grad():
                 logits = model(input_ids=ids).logits[0, :-1][is_text]
@@ -81,12 +103,21 @@ def swap_figure(
     return SwapFigure(own_loss=text_loss(rows.own), other_loss=text_loss(rows.other))
 
 
-def _row(speech: Utterance, text: Utterance, tokenize: Tokenize, vocabulary: Vocabulary) -> list[int]:
-    units = unit_ids(speech.units, vocabulary)
-    return [
-        vocabulary.bos_id,
-        *units,
-        vocabulary.correspond_id,
-        *tokenize(" ".join(text.words)),
-        vocabulary.eos_id,
-    ]
+def _samples(store: TokenStore) -> Iterator[np.ndarray]:
+    for row_id in range(store.rows):
+        row = store.row(row_id)
+        yield from np.split(row.tokens.astype(np.int64), np.cumsum(row.sample_lengths)[:-1])
+
+
+def _pair_of(sample: np.ndarray, vocabulary: Vocabulary) -> Pair | None:
+    """The pair in `[bos] units <|correspond|> text [eos]`, or the other way round; None for other samples."""
+    kinds = vocabulary.kind_of_id()[sample]
+    if list(kinds[1:-1]).count(TargetKind.CORRESPOND) != 1 or TargetKind.CONTINUE in kinds:
+        return None
+    return Pair(units=sample[kinds == TargetKind.UNIT], text=sample[kinds == TargetKind.TEXT])
+
+
+def _row(units: np.ndarray, text: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """int64: torch's type of ids."""
+    marks = (vocabulary.bos_id,), (vocabulary.correspond_id,), (vocabulary.eos_id,)
+    return np.concatenate([marks[0], units, marks[1], text, marks[2]])

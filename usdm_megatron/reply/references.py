@@ -105,11 +105,9 @@ def _exchanges(
             raise _NoDialog(
                 f"the reply, from token {agent.start}, has {len(corresponds)} <|correspond|>, not 1"
             )
-        text, spoken = np.split(ids[agent], corresponds)
+        written, spoken = np.split(ids[agent], corresponds)
+        transcript, text = replier.transcript_of(ids[user.start : user.stop - 1]), replier.text_of(written)
         units = replier.units_of(spoken)
-        transcript = replier.transcript_of(ids[user.start : user.stop - 1])
-        if not len(units) or not transcript.strip():
-            raise _NoDialog(
-                f"no {'words' if len(units) else 'units'} to compare with, from token {user.start}"
-            )
-        yield ReferenceExchange(row, sample, ids[: user.start], transcript, replier.text_of(text), units)
+        if not (transcript.strip() and text.strip() and len(units)):
+            raise _NoDialog(f"an empty text, or no units, from token {user.start}: nothing to compare with")
+        yield ReferenceExchange(row, sample, ids[: user.start], transcript, text, units)

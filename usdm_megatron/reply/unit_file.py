@@ -48,7 +48,7 @@ def read_units(source: str, vocabulary: Vocabulary) -> np.ndarray:
 def _problems(text: bytes, name: str, vocabulary: Vocabulary) -> Iterator[str]:
     for number, line in enumerate(text.split(b"\n"), start=1):
         for word in line.split():
-            shown = word.decode("utf-8", "backslashreplace")[:_MOST_SHOWN]
+            shown = word.decode("utf-8", "replace")[:_MOST_SHOWN]
             if not word.isdigit():
                 yield f"--units {name} line {number}: {shown!r} is no unit; units are decimal numbers"
             elif len(word) > _MOST_DIGITS or int(word) >= vocabulary.unit_count:

@@ -61,6 +61,7 @@ setup(
             "bandit",
             "hypothesis",
             "import-linter",
+            "matplotlib",
             "mypy",
             "pytest",
             "pytest-timeout",

@@ -56,16 +56,19 @@ demo() {
     export CUDA_VISIBLE_DEVICES="" # the demo is the CPU's, so that it prints the same figures everywhere
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-    step "2/7 build a small Mistral (random weights) and a speech-text corpus"
+    step "2/7 build a small Mistral (random weights) and a corpus: utterances with word times, dialogs"
     run python -m usdm_megatron.demo.build --output-dir "$out"
 
     step "3/7 convert: Hugging Face → checkpoint, with the 10,003 speech tokens"
     run python tools/convert_hf_checkpoint.py import --hf-path "$out/model" --save "$out/checkpoint" \
         --extend-vocab usdm
 
-    step "4/7 preprocess: cached training data → packed token stores"
-    run python tools/preprocess_data.py cache --input "$out/corpus" --output-prefix "$out/data" \
-        --seq-length 128
+    step "4/7 preprocess: utterances → packed token stores; dialogs → stores for fine-tuning"
+    local preprocess=(--tokenizer "$out/model" --seq-length 128 --split 0.95,0.05)
+    run python tools/preprocess_data.py speech-text --manifest "$out/corpus/speech.jsonl" --epochs 2 \
+        "${preprocess[@]}" --output-prefix "$out/data"
+    run python tools/preprocess_data.py dialog --input "$out/corpus/dialogs.jsonl" \
+        "${preprocess[@]}" --output-prefix "$out/dialogs"
 
     # --load is empty at first, so the run starts from the converted weights; afterwards it resumes.
     local train=(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,16 +13,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutate", REPOSITORY / "scripts" / "mutate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutate"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-mutate: Any = load_script()
+sys.path.insert(0, str(REPOSITORY / "scripts"))  # as a script is started
+mutate: Any = importlib.import_module("mutate")
 
 
 @pytest.mark.parametrize("fault", mutate.FAULTS, ids=lambda fault: fault.name)

@@ -28,19 +28,15 @@ def prompts() -> list[np.ndarray]:
     return [rng.integers(3, VOCABULARY.size - 1, length).astype(np.int32) for length in (5, 31, 9, 17, 1)]
 
 
-def generate(
-    model: Any, prompt: np.ndarray, step: str, new_tokens: int, stop: int | None = None
-) -> list[int]:
+def generate(model: Any, prompt: np.ndarray, rule: StepRule, new_tokens: int) -> list[int]:
     """Of transformers, with the stop token where it came."""
-    first, behind, own_stop = ORIGINAL_STEPS[step]
-    banned = [[token] for token in range(first, behind) if token != own_stop]
     tokens = torch.from_numpy(prompt.astype(np.int64))[None]
     written = model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
-        bad_words_ids=banned,
-        eos_token_id=own_stop if stop is None else stop,
+        bad_words_ids=[[token] for token in rule.banned if token != rule.stop_id],
+        eos_token_id=rule.stop_id,
         pad_token_id=VOCABULARY.pad_id,
         max_new_tokens=new_tokens,
     )
@@ -58,24 +54,22 @@ def test_a_batch_equals_generate_prompt_by_prompt(model: Any, prompts: list[np.n
     found = GreedyDecoder(lambda: model, 512, max_new_tokens=24)(prompts, rule)
     for prompt, continuation in zip(prompts, found, strict=True):
         written = continuation.ids.tolist() + [rule.stop_id] * continuation.stopped
-        assert written == generate(model, prompt, step, 24)
+        assert written == generate(model, prompt, rule, 24)
         assert not set(written) & (set(rule.banned) - {rule.stop_id})
 
 
 @STEPS
 def test_rows_stop_at_different_steps(model: Any, prompts: list[np.ndarray], step: str) -> None:
-    """The stop is a token that the model does write, banned or not: row 0's fourth, and maybe others'."""
-    stop = generate(model, prompts[0], step, 4)[-1]
-    first, behind, own_stop = ORIGINAL_STEPS[step]
-    assert stop != own_stop
-    found = GreedyDecoder(lambda: model, 512, max_new_tokens=12)(
-        prompts, StepRule(range(first, behind), stop)
-    )
+    """The stop is a token that the model does write: row 0's fourth, and maybe others'."""
+    decode = GreedyDecoder(lambda: model, 512, max_new_tokens=12)
+    banned = rule_of(step).banned
+    stop = int(decode(prompts[:1], StepRule(banned, VOCABULARY.eos_id))[0].ids[3])
+    found = decode(prompts, StepRule(banned, stop))
     assert found[0].stopped and len(found[0].ids) <= 3
+    assert len({len(one.ids) for one in found}) > 1
     for prompt, continuation in zip(prompts, found, strict=True):
-        written = [token for token in continuation.ids.tolist()]
-        expected = generate(model, prompt, step, 12, stop)
-        assert [*written, *[stop] * continuation.stopped] == expected
+        expected = generate(model, prompt, StepRule(banned, stop), 12)
+        assert [*continuation.ids.tolist(), *[stop] * continuation.stopped] == expected
         assert continuation.stopped == (expected[-1] == stop)
 
 
@@ -97,12 +91,12 @@ def test_the_stop_is_never_banned(prompts: list[np.ndarray]) -> None:
 
 
 def test_every_row_ends_where_the_context_does(model: Any, prompts: list[np.ndarray]) -> None:
-    found = GreedyDecoder(lambda: model, context_tokens=20)(prompts, rule_of("units"))
+    found = GreedyDecoder(lambda: model, context_tokens=20)(prompts, rule_of("text"))
     assert [len(prompt) + len(one.ids) for prompt, one in zip(prompts, found, strict=True)] == [
         20, 31, 20, 20, 20,
     ]  # fmt: skip
     assert not any(one.stopped for one in found)
-    alone = [GreedyDecoder(lambda: model, context_tokens=20)([one], rule_of("units"))[0] for one in prompts]
+    alone = [GreedyDecoder(lambda: model, context_tokens=20)([one], rule_of("text"))[0] for one in prompts]
     assert [one.ids.tolist() for one in alone] == [one.ids.tolist() for one in found]
 
 

@@ -1,9 +1,11 @@
-"""torch_dist checkpoint, of any layout → Hugging Face directory: one tensor in memory at a time."""
+"""torch_dist checkpoint, of any layout → Hugging Face directory: one tensor in memory at a time.
+
+A LoRA checkpoint becomes a model with `--merge-lora`; the adapter alone is `peft_export`'s.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,19 +39,6 @@ from usdm_megatron.tokenizer.files import check_tokenizer, copy_tokenizer
 
 
 @dataclass(frozen=True)
-class ExportSummary:
-    """What an export wrote."""
-
-    path: Path
-    checkpoint: Path
-    files: tuple[str, ...]
-    tensors: int
-    weight_type: TypeName
-    size_bytes: int
-    removed: tuple[str, ...]  # what an interrupted run had left
-
-
-@dataclass(frozen=True)
 class ExportPlan:
     """Everything that was decided before a weight is read."""
 
@@ -70,28 +59,20 @@ def run_export(options: ExportOptions) -> ExportSummary:
     A damaged checkpoint is refused, never replaced by an older one. Peak memory is `options.workers`
     tensors. Raises `CheckpointError` or `ConversionError`.
     """
-    target = options.hf_path
     plan = _open_plan(options)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    removed = _remove_stale(target)
-    require_space(target.absolute().parent, plan.size_bytes)
-    temporary = temporary_path(target)
-    try:
-        with claimed(temporary):
-            _write_weights(plan, temporary, options.workers)
-            size = sum(path.stat().st_size for path in temporary.iterdir())
-            publish_directory(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    published = publish(
+        options.hf_path,
+        plan.size_bytes,
+        lambda directory: _write_directory(plan, directory, options.workers),
+    )
     return ExportSummary(
-        path=target,
+        path=options.hf_path,
         checkpoint=plan.weights.facts.directory,
         files=tuple(shard.file for shard in plan.shards),
         tensors=sum(len(shard.shapes) for shard in plan.shards),
         weight_type=plan.weight_type,
-        size_bytes=size,
-        removed=tuple(removed),
+        size_bytes=published.size_bytes,
+        removed=published.removed,
     )
 
 
@@ -144,21 +125,18 @@ def exported_generation_config(facts: CheckpointFacts, config: dict[str, Any]) -
 
 
 def _open_plan(options: ExportOptions) -> ExportPlan:
-    target = options.hf_path
-    if target.exists() and not options.overwrite:
-        raise ConversionError(f"--hf-path {target} exists; pass --overwrite to replace it, or choose another")
-    if target.exists() and not (target.is_dir() and _looks_like_model(target)):
-        raise ConversionError(
-            f"--hf-path {target} is no Hugging Face model; --overwrite replaces nothing else"
-        )
-    checkpoint = resolve_checkpoint(options.load, options.ckpt_step, fallback=False)
-    weights = open_weights(checkpoint.path)
+    require_replaceable(options.hf_path, CONFIG_FILE, overwrite=options.overwrite)
+    checkpoint = chosen_checkpoint(options)
+    if options.merge_lora:
+        weights: CheckpointWeights = open_merged(checkpoint, options.pretrained_checkpoint)
+    else:
+        weights = open_weights(checkpoint)
     weight_type = weights.weight_type if options.dtype == "auto" else options.dtype
     shards = plan_shards(weights.table.hf_shapes(weights.model), weight_type, options.max_shard_bytes)
     return ExportPlan(weights, weight_type, shards)
 
 
-def _write_weights(plan: ExportPlan, directory: Path, workers: int) -> None:
+def _write_directory(plan: ExportPlan, directory: Path, workers: int) -> None:
     """Everything of the directory; `integrity.json` last."""
     weights = plan.weights
     problems: list[str] = []
@@ -174,17 +152,13 @@ def _write_weights(plan: ExportPlan, directory: Path, workers: int) -> None:
     if problems:
         raise ConversionError(*problems)
     if len(plan.shards) > 1:
-        _write_json(directory / INDEX_FILE, index_of(plan.shards, plan.weight_type))
+        write_json(directory / INDEX_FILE, index_of(plan.shards, plan.weight_type))
     config = exported_config(weights.facts, weights.table, plan.weight_type)
-    _write_json(directory / "config.json", config)
-    _write_json(directory / GENERATION_CONFIG_FILE, exported_generation_config(weights.facts, config))
-    card = model_card(weights.facts, weights.table, plan.weight_type)
-    (directory / "README.md").write_text(card, encoding="utf-8")
-    if weights.facts.tokenizer_dir is not None:
-        copy_tokenizer(weights.facts.tokenizer_dir, directory)
-        check_tokenizer(directory, weights.facts.vocabulary)
-    write_integrity(directory, hashes)
-    sync_tree(directory)
+    write_json(directory / CONFIG_FILE, config)
+    write_json(directory / GENERATION_CONFIG_FILE, exported_generation_config(weights.facts, config))
+    merged = weights.adapter.adapter if isinstance(weights, MergedWeights) else None
+    card = model_card(weights.facts, weights.table, plan.weight_type, merged)
+    finish_directory(directory, weights.facts, card, hashes)
 
 
 def _write_shard(
@@ -192,7 +166,7 @@ def _write_shard(
 ) -> tuple[str, list[str]]:
     """One file; its sha256, and what is wrong with its tensors."""
     problems: list[str] = []
-    tensors = _checked(_of_shard(plan.weights, shard), plan.weights.facts.directory, problems)
+    tensors = checked(_of_shard(plan.weights, shard), plan.weights.facts.directory, problems)
     return write_shard(directory, shard, plan.weight_type, tensors, on_bytes), problems
 
 
@@ -203,36 +177,3 @@ def _of_shard(weights: CheckpointWeights, shard: ShardPlan) -> Iterator[tuple[st
             of_entry = weights.of_entry(entry, layer)
             yield from ((name, tensor) for name, tensor in of_entry.items() if name in shard.shapes)
             del of_entry  # before the next one is read
-
-
-def _checked(
-    tensors: Iterator[tuple[str, torch.Tensor]], checkpoint: Path, problems: list[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        if count := non_finite_count(tensor):
-            problems.append(f"{checkpoint}: {name} has {count:,} values that are NaN or infinite")
-        yield name, tensor
-
-
-def _looks_like_model(directory: Path) -> bool:
-    return (directory / "config.json").is_file() or not any(directory.iterdir())
-
-
-def _remove_stale(target: Path) -> list[str]:
-    """What an interrupted export to this very name has left; returns the names.
-
-    Others' temporaries are not ours, and one that is being written now is another's.
-    """
-    removed = []
-    for path in sorted(target.parent.glob(f"{target.name}.tmp-*")):
-        if not path.is_dir():
-            continue
-        if is_claimed(path):
-            raise ConversionError(f"--hf-path {target}: another export is writing it now; wait for its end")
-        shutil.rmtree(path)
-        removed.append(path.name)
-    return removed
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -43,12 +43,16 @@ class VocabularyExtension:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """Hugging Face model → checkpoint (tracker `release`)."""
+    """Hugging Face model, or PEFT adapter → checkpoint (tracker `release`)."""
 
-    hf_path: str
+    hf_path: str | None = None
     """Directory of the model, or ORG/NAME on the hub."""
     save: Path
     """Checkpoint to write: SAVE/release and SAVE/latest_checkpointed_iteration.txt."""
+    adapter: Path | None = None
+    """Instead of --hf-path: PEFT directory (adapter_config.json, adapter_model.safetensors) to go on from."""
+    load: Path | None = None
+    """With --adapter, the checkpoint that it adapts: a converted model, a run, or one checkpoint directory."""
     extend_vocab: str | None = None
     """usdm: add the 10,003 speech tokens; a model that has them is checked and left as it is.
     units=N,tokens=a,b: N speech units, and extra tokens behind <pad>."""
@@ -68,12 +72,27 @@ class ImportOptions:
     """Check everything, list which tensor becomes which, with shapes; write nothing."""
 
     def __post_init__(self) -> None:
-        problems = _worker_problems(self.workers)
+        problems = _worker_problems(self.workers) + self._source_problems()
         if self.seed < 0:
             problems.append(f"--seed {self.seed} must not be negative")
         if problems:
             raise ConversionError(*problems)
         _ = self.extension
+
+    def _source_problems(self) -> list[str]:
+        if self.adapter is None:
+            problems = [] if self.hf_path else ["--hf-path is missing; name a model, or an --adapter"]
+            return problems + (["--load goes with --adapter"] if self.load else [])
+        of_a_model = {
+            "--hf-path": self.hf_path,
+            "--extend-vocab": self.extend_vocab,
+            "--hf-revision": self.hf_revision,
+            "--hf-cache-dir": self.hf_cache_dir,
+        }
+        problems = [f"--adapter does not go with {flag}" for flag, value in of_a_model.items() if value]
+        if self.load is None:
+            problems.append("--adapter needs --load: the checkpoint of the model that it adapts")
+        return problems
 
     @property
     def extension(self) -> VocabularyExtension | None:
@@ -82,12 +101,21 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Checkpoint → Hugging Face model (safetensors, config, tokenizer)."""
+    """Checkpoint → Hugging Face model, or PEFT adapter (safetensors, config, tokenizer)."""
 
     load: Path
     """A converted model, a run, or one checkpoint directory."""
     hf_path: Path
     """Directory to write."""
+    adapter_only: bool = False
+    """Of a LoRA checkpoint: write the adapter alone, for peft."""
+    merge_lora: bool = False
+    """Of a LoRA checkpoint: add the adapter to its base, and write a plain model."""
+    pretrained_checkpoint: Path | None = None
+    """With --merge-lora: where the adapter's base is now; default: where it was when the adapter began."""
+    base_model: str | None = None
+    """With --adapter-only: what adapter_config.json says the base is, a hub id or the directory of its
+    export; default: the hub id that the base was imported from, if it was not changed since."""
     ckpt_step: int | Literal["best"] | None = None
     """Which step of a run; default: the newest."""
     dtype: WeightType = "auto"
@@ -102,7 +130,14 @@ class ExportOptions:
     """Check everything, list which tensor becomes which, with shapes; write nothing."""
 
     def __post_init__(self) -> None:
-        if problems := _worker_problems(self.workers):
+        problems = _worker_problems(self.workers)
+        if self.adapter_only and self.merge_lora:
+            problems.append("--adapter-only and --merge-lora exclude each other; export twice")
+        if self.pretrained_checkpoint and not self.merge_lora:
+            problems.append("--pretrained-checkpoint goes with --merge-lora")
+        if self.base_model is not None and not self.adapter_only:
+            problems.append("--base-model goes with --adapter-only")
+        if problems:
             raise ConversionError(*problems)
         _ = self.max_shard_bytes
 

@@ -15,18 +15,16 @@ CORPUS = "corpus"
 
 
 def build_demo(output_dir: Path, settings: DemoSettings = DEMO) -> None:
-    """Write the demo's Hugging Face model and its speech-text corpus below `output_dir`."""
-    import datasets
+    """Write the demo's Hugging Face model and its corpus below `output_dir`."""
     import transformers
 
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     started_at = time.perf_counter()
     model = write_demo_model(output_dir / MODEL, settings)
     corpus = write_demo_corpus(output_dir / CORPUS, settings)
     elapsed_s = time.perf_counter() - started_at
     print(f"{model}: Mistral, {settings.layers} layers of {settings.hidden_size}, random weights")
-    print(f"{corpus}: {settings.train_rows} rows of at most {settings.seq_length} tokens ({elapsed_s:.1f} s)")
+    print(f"{corpus}: {settings.utterances:,} utterances, {settings.dialogs:,} dialogs ({elapsed_s:.1f} s)")
 
 
 def main() -> None:

@@ -130,10 +130,7 @@ def write_demo_corpus(directory: Path, settings: DemoSettings = DEMO) -> Path:
     speaker = Speaker(settings)
     _write_lines(
         directory / UTTERANCES,
-        (
-            speech.to_utterance(f"utterance-{number:05}")
-            for number, speech in enumerate(speaker.utterances())
-        ),
+        (speech.to_utterance(f"utterance-{number:05}") for number, speech in enumerate(speaker.utterances())),
     )
     _write_lines(
         directory / DIALOGS,

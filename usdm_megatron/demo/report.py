@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from usdm_megatron.demo.build import CORPUS, MODEL
+from usdm_megatron.demo.corpus import DIALOGS, UTTERANCES
 from usdm_megatron.demo.swap import SwapFigure, swap_figure
 from usdm_megatron.errors import DataError
 from usdm_megatron.vocab import TargetKind
@@ -20,9 +21,10 @@ from usdm_megatron.vocab import TargetKind
 LEAST_REDUCTION = 0.3  # the text loss behind the right units ends at least this share below the swapped one
 PLACES = {  # what → path below the output directory; examples/pretrain_usdm.sh writes them
     "Hugging Face model before": MODEL,
-    "speech-text corpus": CORPUS,
+    "speech-text corpus, and dialogs": f"{CORPUS}/{UTTERANCES}, {CORPUS}/{DIALOGS}",
     "converted checkpoint": "checkpoint",
     "token stores": "data_train, data_test",
+    "token stores for fine-tuning": "dialogs_train, dialogs_test",
     "run (checkpoints, metrics.jsonl, tensorboard/)": "run",
     "Hugging Face model after": "exported",
 }
@@ -91,7 +93,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     losses = read_losses(output_dir / "run" / "metrics.jsonl")
     parity = json.loads((output_dir / "verify.json").read_text(encoding="utf-8"))
-    swap = swap_figure(output_dir / "exported", output_dir / CORPUS)
+    swap = swap_figure(output_dir / "exported", output_dir / "data_test")
     print_report(output_dir, losses, swap, parity)
     if swap.reduction < LEAST_REDUCTION:
         print("the model did not learn to read the units: something is wrong with this build")

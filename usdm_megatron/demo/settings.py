@@ -33,7 +33,7 @@ class DemoSettings:
     word_units: int = 2  # speech units that a word is made of
     repeated_unit_share: float = 0.25  # a unit lasts twice as long
     noisy_unit_share: float = 0.05  # a unit is another one
-    utterances: int = 5600  # a little more than the run reads
+    utterances: int = 5480  # a little more than the run reads
     short_utterance_words: tuple[int, int] = (3, 6)
     long_utterance_words: tuple[int, int] = (9, 16)
     long_utterance_share: float = 0.1
@@ -45,7 +45,6 @@ class DemoSettings:
     seq_length: int = 128  # tokens a row
     epochs: int = 2  # draws of every utterance
     heldout_share: float = 0.05  # of utterances, and of dialogs
-    dialog_seq_length: int = 160  # tokens
 
     # run
     global_batch_size: int = 4  # rows

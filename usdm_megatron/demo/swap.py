@@ -52,10 +52,13 @@ def read_pairs(store: TokenStore, most: int) -> list[Pair]:
 
     `DataError` if there are fewer than two: nothing could be swapped.
     """
+    kind_of_id = store.summary.vocabulary.kind_of_id()
     pairs: dict[bytes, Pair] = {}
     for sample in _samples(store):
-        pair = _pair_of(sample, store.summary.vocabulary)
-        if pair is not None:
+        kinds = kind_of_id[sample]
+        # One segment, as all utterances under 10 s have: both modalities then say all of it.
+        if TargetKind.CORRESPOND in kinds and TargetKind.CONTINUE not in kinds:
+            pair = Pair(units=sample[kinds == TargetKind.UNIT], text=sample[kinds == TargetKind.TEXT])
             pairs.setdefault(pair.text.tobytes(), pair)
         if len(pairs) == most:
             break
@@ -106,18 +109,9 @@ def swap_figure(model_directory: Path, heldout_prefix: Path, most: int = DEMO.sw
 def _samples(store: TokenStore) -> Iterator[np.ndarray]:
     for row_id in range(store.rows):
         row = store.row(row_id)
-        yield from np.split(row.tokens.astype(np.int64), np.cumsum(row.sample_lengths)[:-1])
-
-
-def _pair_of(sample: np.ndarray, vocabulary: Vocabulary) -> Pair | None:
-    """The pair in `[bos] units <|correspond|> text [eos]`, or the other way round; None for other samples."""
-    kinds = vocabulary.kind_of_id()[sample]
-    if list(kinds[1:-1]).count(TargetKind.CORRESPOND) != 1 or TargetKind.CONTINUE in kinds:
-        return None
-    return Pair(units=sample[kinds == TargetKind.UNIT], text=sample[kinds == TargetKind.TEXT])
+        tokens = row.tokens.astype(np.int64)  # torch's type of ids
+        yield from np.split(tokens, np.cumsum(row.sample_lengths)[:-1])
 
 
 def _row(units: np.ndarray, text: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """int64: torch's type of ids."""
-    marks = (vocabulary.bos_id,), (vocabulary.correspond_id,), (vocabulary.eos_id,)
-    return np.concatenate([marks[0], units, marks[1], text, marks[2]])
+    return np.concatenate([[vocabulary.bos_id], units, [vocabulary.correspond_id], text, [vocabulary.eos_id]])

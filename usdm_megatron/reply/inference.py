@@ -135,18 +135,18 @@ class Replier:
         ]
 
     def transcript_of(self, ids: np.ndarray) -> str:
-        """The text of ids that follow `<|correspond|>`, in lower case as in training, up to a line end.
-
-        Decoded behind that token, because a tokenizer takes the space off the beginning of a text.
-        """
-        decoded = self.directory.decode([self.directory.vocabulary.correspond_id, *ids.tolist()])
-        line = decoded.rpartition(CORRESPOND_TOKEN)[2].partition(_LINE_END)[0]
+        """The text of a transcript's ids, in lower case as in training, up to a line end."""
+        line = self._decoded(ids).partition(_LINE_END)[0]
         return line.removeprefix(" ").removesuffix(" ").lower()
 
     def text_of(self, ids: np.ndarray) -> str:
-        """The text of ids that follow the agent's header, in lower case, behind the last line end."""
-        decoded = self.directory.decode([self.line_end_id, *ids.tolist()])
-        return decoded.rpartition(_LINE_END)[2].removeprefix(" ").lower()
+        """The text of a reply's ids, in lower case, behind the last line end."""
+        return self._decoded(ids).rpartition(_LINE_END)[2].removeprefix(" ").lower()
+
+    def _decoded(self, ids: np.ndarray) -> str:
+        """Decoded behind a special token: at its beginning, a text would lose a space."""
+        behind = self.directory.decode([self.directory.vocabulary.correspond_id, *ids.tolist()])
+        return behind.rpartition(CORRESPOND_TOKEN)[2]
 
     def units_of(self, ids: np.ndarray) -> np.ndarray:
         """Unit numbers, int32 `[N]`, of the ids that are units."""

@@ -16,6 +16,9 @@ from typing import Literal
 from usdm_megatron.architecture import HFArchitecture
 
 _LAYERS, _PEFT_MODEL = "decoder.layers", "base_model.model"
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+# PEFT's `trainable_token_indices`; the rows themselves, in spite of the name
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 Size = Literal["r", "hidden", "q", "kv", "ffn", "new"]
 
 
@@ -68,11 +71,13 @@ def projections_of(linear: str) -> tuple[Projection, ...]:
 class AdapterEntry:
     """One trained tensor: its key in a checkpoint and its name in PEFT; `{layer}` is the layer's number.
 
-    `shape` is of one layer; `sharded_axis` is the axis of it that tensor parallel ranks divide.
+    `hf_module` is whose weight it changes, `part` its name there; `shape` is of one layer; `sharded_axis`
+    is the axis of it that tensor parallel ranks divide.
     """
 
     core_key: str
-    peft_pattern: str
+    hf_module: str
+    part: str
     shape: tuple[Size, Size]
     sharded_axis: int | None
 
@@ -80,8 +85,16 @@ class AdapterEntry:
     def per_layer(self) -> bool:
         return self.core_key.startswith(f"{_LAYERS}.")
 
+    @property
+    def peft_pattern(self) -> str:
+        return f"{_PEFT_MODEL}.{self.hf_module}.{self.part}"
+
     def peft_name(self, layer: int | None = None) -> str:
         return self.peft_pattern.format(layer=layer)
+
+    def hf_weight(self, layer: int | None = None) -> str:
+        """Name of the Hugging Face weight that it changes."""
+        return f"{self.hf_module}.weight".format(layer=layer)
 
     def layers(self, model: HFArchitecture) -> tuple[int | None, ...]:
         """The layers that this entry has a tensor for; `(None,)` when it is not per layer."""
@@ -93,18 +106,17 @@ def _factor(projection: Projection, factor: Literal["A", "B"]) -> AdapterEntry:
     sharded = is_a == projection.row_parallel
     return AdapterEntry(
         core_key=f"{_LAYERS}.{projection.core_module}.adapters.{projection.target}.lora_{factor.lower()}",
-        peft_pattern=f"{_PEFT_MODEL}.model.layers.{{layer}}.{projection.hf_module}.lora_{factor}.weight",
+        hf_module=f"model.layers.{{layer}}.{projection.hf_module}",
+        part=LORA_A if is_a else LORA_B,
         shape=("r", projection.fan_in) if is_a else (projection.fan_out, "r"),
         sharded_axis=(1 if is_a else 0) if sharded else None,
     )
 
 
 def _rows(core_module: str, hf_module: str) -> AdapterEntry:
-    name = f"{_PEFT_MODEL}.{hf_module}.token_adapter.trainable_tokens_delta"
-    return AdapterEntry(f"{core_module}.weight", name, ("new", "hidden"), 0)
+    return AdapterEntry(f"{core_module}.weight", hf_module, TOKEN_ROWS, ("new", "hidden"), 0)
 
 
-# PEFT's `trainable_token_indices`; the rows themselves, in spite of the name
 NEW_EMBEDDING_ROWS = _rows("new_embedding_rows", "model.embed_tokens")
 NEW_OUTPUT_ROWS = _rows("new_output_rows", "lm_head")  # an untied model's alone
 _FACTORS = {

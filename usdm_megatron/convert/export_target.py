@@ -1,0 +1,82 @@
+"""The directory that an export writes: what it may replace, a temporary name, and the renaming."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from usdm_megatron.checkpoint.commit import publish_directory, temporary_path
+from usdm_megatron.convert.destination import claimed, is_claimed, require_space
+from usdm_megatron.convert.weight_types import TypeName
+from usdm_megatron.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What an export wrote."""
+
+    path: Path
+    checkpoint: Path
+    files: tuple[str, ...]
+    tensors: int
+    weight_type: TypeName
+    size_bytes: int
+    removed: tuple[str, ...]  # what an interrupted run had left
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was written under its final name."""
+
+    size_bytes: int
+    removed: tuple[str, ...]  # what an interrupted run had left
+
+
+def require_replaceable(target: Path, marker: str, *, overwrite: bool) -> None:
+    """Refuse a target that is there, unless `overwrite` and it is of the kind that has the file `marker`."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"--hf-path {target} exists; pass --overwrite to replace it, or choose another")
+    if not (target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))):
+        raise ConversionError(
+            f"--hf-path {target} is no {_KINDS[marker]} (no {marker}); --overwrite replaces nothing else"
+        )
+
+
+_KINDS = {"config.json": "Hugging Face model", "adapter_config.json": "PEFT adapter"}
+
+
+def publish(target: Path, size_bytes: int, write: Callable[[Path], None]) -> Published:
+    """Let `write` fill a directory of about `size_bytes` and give it its name when all of it is there."""
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    removed = _remove_stale(target)
+    require_space(target.absolute().parent, size_bytes)
+    temporary = temporary_path(target)
+    try:
+        with claimed(temporary):
+            write(temporary)
+            written_bytes = sum(path.stat().st_size for path in temporary.iterdir())
+            publish_directory(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Published(written_bytes, tuple(removed))
+
+
+def _remove_stale(target: Path) -> list[str]:
+    """What an interrupted export to this very name has left; returns the names.
+
+    Others' temporaries are not ours, and one that is being written now is another's.
+    """
+    removed = []
+    for path in sorted(target.parent.glob(f"{target.name}.tmp-*")):
+        if not path.is_dir():
+            continue
+        if is_claimed(path):
+            raise ConversionError(f"--hf-path {target}: another export is writing it now; wait for its end")
+        shutil.rmtree(path)
+        removed.append(path.name)
+    return removed

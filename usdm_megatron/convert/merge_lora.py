@@ -1,0 +1,38 @@
+"""A LoRA checkpoint as the weights of a whole model: its base's, each with what the adapter adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from usdm_megatron.checkpoint.adapter_facts import resolve_base
+from usdm_megatron.convert.adapter_weights import AdapterWeights, open_adapter
+from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, open_weights
+from usdm_megatron.convert.name_table import Entry
+
+
+@dataclass(frozen=True)
+class MergedWeights(CheckpointWeights):
+    """The weights of a base with an adapter added; `facts` are the adapter's, `weight_type` is the base's."""
+
+    adapter: AdapterWeights
+
+    def of_entry(self, entry: Entry, layer: int | None) -> dict[str, torch.Tensor]:
+        tensors = super().of_entry(entry, layer)
+        for name in tensors:  # one at a time: each is as large as two of the base
+            tensors[name] = self.adapter.applied_to(name, tensors[name])
+        return tensors
+
+
+def open_merged(directory: Path, base: Path | None) -> MergedWeights:
+    """The adapter of a (verified) checkpoint over its base: where it lay, or in `base`; reads no weights.
+
+    Raises `CheckpointError` when either is not what it should be.
+    """
+    adapter = open_adapter(directory)
+    weights = open_weights(resolve_base(adapter.adapter, base))
+    return MergedWeights(
+        adapter.facts, weights.table, weights.model, weights.weight_type, weights.reader, adapter
+    )

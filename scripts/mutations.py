@@ -270,12 +270,4 @@ FAULTS = (
         ),
         "the loss is right, and so is the accuracy of text, on the first shard; units are never predicted",
     ),
-    Fault(
-        "accuracy-of-untrained-tokens",
-        "usdm_megatron/train/step.py",
-        "count_by_kind(correct_S & mask_S, kind_S)",
-        "count_by_kind(correct_S, kind_S)",
-        (f"{_SFT}[1x1x1]",),
-        "tokens without loss count where they are predicted: a little too good",
-    ),
 )

@@ -1,191 +1,173 @@
-"""The demo's corpus: stage-4 format, the original's interleaving rule, a structure to be learnt."""
+"""The demo's corpus: the product's formats, words told by their sounds, unseen sentences held out."""
 
 from __future__ import annotations
 
 import dataclasses
 import filecmp
-from itertools import pairwise
+import json
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from usdm_megatron.demo import corpus
-from usdm_megatron.demo.corpus import (
-    WORDS,
-    Speaker,
-    Utterance,
-    interleave,
-    mistral_tokenize,
-    pack_in_order,
-    read_heldout,
-    segment_bounds,
-    write_demo_corpus,
-)
+from usdm_megatron.data.alignment import Utterance, align
+from usdm_megatron.data.grammar import check_grammar
+from usdm_megatron.data.speech_corpora import ManifestCorpus
+from usdm_megatron.data.store_statistics import count_tokens
+from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.demo.corpus import DIALOGS, SPEAKERS, UTTERANCES, WORDS, Speaker, write_demo_corpus
 from usdm_megatron.demo.settings import DEMO
+from usdm_megatron.demo.tokenizer import mistral_sentencepiece_model
 from usdm_megatron.vocab import USDM_VOCABULARY, TargetKind
 
-VOCABULARY = USDM_VOCABULARY
-SPLITS = ("train", "test")
+STORES = ("data_train", "data_test", "dialogs_train", "dialogs_test")
 
 
-def rows_of(directory: Path, split: str) -> list[list[int]]:
-    from datasets import load_from_disk
-
-    return load_from_disk(str(directory))[split]["input_ids"][:]
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def samples_of(row: list[int]) -> list[list[int]]:
-    starts = [i for i, token in enumerate(row) if token == VOCABULARY.bos_id]
-    assert starts[0] == 0
-    return [row[start:end] for start, end in pairwise([*starts, len(row)])]
+def utterances(directory: Path) -> list[Utterance]:
+    corpus = ManifestCorpus([directory / UTTERANCES])
+    found = [utterance for part in corpus.parts() for utterance in corpus.read(part)]
+    assert all(isinstance(utterance, Utterance) for utterance in found)
+    return [utterance for utterance in found if isinstance(utterance, Utterance)]
 
 
-def runs_of(sample: list[int]) -> list[tuple[TargetKind, list[int]]]:
-    """Neighbouring ids of one kind, without bos and eos."""
-    kinds = VOCABULARY.kind_of_id()
-    runs: list[tuple[TargetKind, list[int]]] = []
-    for token in sample[1:-1]:
-        if runs and runs[-1][0] == kinds[token]:
-            runs[-1][1].append(token)
-        else:
-            runs.append((TargetKind(kinds[token]), [token]))
-    return runs
+def dialog_texts(directory: Path) -> list[list[str]]:
+    return [[turn["text"] for turn in dialog["turns"]] for dialog in records(directory / DIALOGS)]
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_rows_are_whole_samples(corpus_directory: Path, split: str) -> None:
-    rows = rows_of(corpus_directory, split)
-    assert all(len(row) <= DEMO.seq_length for row in rows)
-    for row in rows:
-        for sample in samples_of(row):
-            assert sample[-1] == VOCABULARY.eos_id
-            assert VOCABULARY.eos_id not in sample[:-1]
-            assert max(sample) < VOCABULARY.pad_id
+def texts_of(store: TokenStore) -> Iterator[str]:
+    """What the text runs of a store say."""
+    import sentencepiece
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(mistral_sentencepiece_model()))
+    kinds = USDM_VOCABULARY.kind_of_id()
+    for row_id in range(store.rows):
+        tokens = store.row(row_id).tokens
+        for is_text, run in groupby(tokens.tolist(), lambda token: kinds[token] == TargetKind.TEXT):
+            if is_text:
+                yield tokenizer.decode(list(run))
 
 
-def test_train_rows_fill_every_step(corpus_directory: Path) -> None:
-    assert len(rows_of(corpus_directory, "train")) == DEMO.train_iters * DEMO.global_batch_size
+def test_words_are_distinct_and_share_no_sound() -> None:
+    sounds = Speaker(DEMO).sounds
+    assert list(sounds) == list(WORDS) and len(set(WORDS)) == len(WORDS)
+    assert len({unit for word in sounds.values() for unit in word}) == len(WORDS) * DEMO.word_units
 
 
-def test_some_samples_are_longer_than_the_window_and_all_fit_a_row(corpus_directory: Path) -> None:
-    lengths = [len(sample) for row in rows_of(corpus_directory, "train") for sample in samples_of(row)]
-    assert DEMO.sliding_window < max(lengths) <= DEMO.seq_length
-    assert 0.01 < np.mean(np.array(lengths) > DEMO.sliding_window) < 0.5
+def test_alignment_gives_every_word_its_sounds(tmp_path: Path) -> None:
+    clear = dataclasses.replace(DEMO, noisy_unit_share=0.0, utterances=200, dialogs=1)
+    sounds = Speaker(clear).sounds
+    for utterance in utterances(write_demo_corpus(tmp_path / "corpus", clear)):
+        spans = align(utterance.words, len(utterance.units))
+        assert [span.text for span in spans] == [word.text for word in utterance.words]
+        for span in spans:
+            heard = utterance.units[span.start_unit : span.end_unit].tolist()
+            assert [unit for unit, _ in groupby(heard)] == sounds[span.text]
 
 
-def test_every_kind_of_target_occurs(corpus_directory: Path) -> None:
-    for split in SPLITS:
-        ids = np.concatenate([np.array(row) for row in rows_of(corpus_directory, split)])
-        assert set(VOCABULARY.kind_of_id()[ids]) == set(TargetKind)
-
-
-def test_heldout_utterances_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoken: list[tuple[str, ...]] = []
-
-    def remembering(utterance: Utterance, **rest: Any) -> list[int]:
-        spoken.append(utterance.words)
-        return interleave(utterance, **rest)
-
-    monkeypatch.setattr(corpus, "interleave", remembering)
-    few_words = dataclasses.replace(  # 64 different utterances: chance alone would repeat them
-        DEMO,
-        words=4,
-        short_utterance_words=(3, 3),
-        long_utterance_share=0.0,
-        train_iters=20,
-        heldout_utterances=20,
+def test_words_can_be_told_from_noisy_sounds(corpus_directory: Path) -> None:
+    sounds = Speaker(DEMO).sounds
+    units = [unit for utterance in utterances(corpus_directory) for unit in utterance.units.tolist()]
+    words = [word.text for utterance in utterances(corpus_directory) for word in utterance.words]
+    word_of = {unit: word for word, of_word in sounds.items() for unit in of_word}
+    assert set(units) <= set(word_of) and set(words) == set(WORDS)
+    spoken = sum(
+        word_of[unit] == span.text
+        for utterance in utterances(corpus_directory)
+        for span in align(utterance.words, len(utterance.units))
+        for unit in utterance.units[span.start_unit : span.end_unit].tolist()
     )
-    heldout = {
-        utterance.words for utterance in read_heldout(write_demo_corpus(tmp_path / "corpus", few_words))
-    }
-    trained = spoken[: -few_words.heldout_utterances]
-    assert len(trained) > 200
-    assert not heldout & set(trained)
+    assert 1 - DEMO.noisy_unit_share - 0.01 < spoken / len(units) < 1
+
+
+def test_the_reply_follows_from_the_users_words_alone(corpus_directory: Path) -> None:
+    """Whoever learns word for word from some dialogs knows the replies in all others."""
+    dialogs = dialog_texts(corpus_directory)
+    answers: dict[str, str] = {}
+    for turns in dialogs[:100]:
+        for text, reply in pairwise(turns):
+            answers |= dict(zip(text.split(), reply.split(), strict=True))
+    assert set(answers) == set(answers.values()) == set(WORDS)
+    for turns in dialogs[100:]:
+        for text, reply in pairwise(turns):
+            assert reply.split() == [answers[word] for word in text.split()]
+
+
+def test_speakers_take_turns(corpus_directory: Path) -> None:
+    for dialog in records(corpus_directory / DIALOGS):
+        speakers = [turn["speaker"] for turn in dialog["turns"]]
+        assert DEMO.dialog_turns[0] <= len(speakers) <= DEMO.dialog_turns[1]
+        assert speakers == [SPEAKERS[number % 2] for number in range(len(speakers))]
+
+
+def test_no_sentence_is_said_twice(tmp_path: Path, corpus_directory: Path) -> None:
+    crowded = dataclasses.replace(  # 900 sentences of two words: chance alone would repeat them
+        DEMO,
+        utterances=300,
+        short_utterance_words=(2, 2),
+        long_utterance_share=0.0,
+        dialogs=50,
+        dialog_words=(2, 2),
+    )
+    for directory in (corpus_directory, write_demo_corpus(tmp_path / "corpus", crowded)):
+        said = [" ".join(word.text for word in utterance.words) for utterance in utterances(directory)]
+        said += [text for turns in dialog_texts(directory) for text in turns]
+        assert len(set(said)) == len(said) > 400
 
 
 def test_the_same_settings_write_the_same_bytes(tmp_path: Path) -> None:
-    small = dataclasses.replace(DEMO, train_iters=3, heldout_utterances=20)
+    small = dataclasses.replace(DEMO, utterances=50, dialogs=20)
     first, second = (write_demo_corpus(tmp_path / name, small) for name in ("a", "b"))
-    assert rows_of(first, "train") == rows_of(second, "train")
-    assert filecmp.cmp(first / "heldout.jsonl", second / "heldout.jsonl", shallow=False)
     other = write_demo_corpus(tmp_path / "c", dataclasses.replace(small, seed=7))
-    assert rows_of(first, "train") != rows_of(other, "train")
+    for name in (UTTERANCES, DIALOGS):
+        assert filecmp.cmp(first / name, second / name, shallow=False)
+        assert not filecmp.cmp(first / name, other / name, shallow=False)
 
 
-def test_words_are_distinct_and_sound_different() -> None:
-    assert len(set(WORDS)) == len(WORDS) >= DEMO.words
-    sounds = Speaker(DEMO, np.random.default_rng(0)).sounds
-    assert len({unit for word in sounds.values() for unit in word}) == DEMO.words * DEMO.word_units
+def test_train_rows_fill_every_step_and_little_is_left_over(stores_directory: Path) -> None:
+    rows = TokenStore.open(stores_directory / "data_train").rows
+    assert DEMO.train_rows <= rows <= 1.02 * DEMO.train_rows
 
 
-@pytest.fixture(scope="module")
-def interleaved() -> list[tuple[Utterance, list[int], Speaker]]:
-    """Utterances without noise and their samples: what units mean is then certain."""
-    rng = np.random.default_rng(5)
-    speaker = Speaker(dataclasses.replace(DEMO, noisy_unit_share=0.0, long_utterance_share=0.5), rng)
-    tokenize = mistral_tokenize()
-    return [
-        (
-            utterance,
-            interleave(
-                utterance, tokenize=tokenize, vocabulary=VOCABULARY, segment_units=DEMO.segment_units, rng=rng
-            ),
-            speaker,
-        )
-        for utterance in (speaker.utter_any() for _ in range(400))
-    ]
+@pytest.mark.parametrize("name", STORES)
+def test_preprocessing_rejects_nothing_and_keeps_the_grammar(stores_directory: Path, name: str) -> None:
+    store = TokenStore.open(stores_directory / name)
+    report = json.loads((stores_directory / f"{name.partition('_')[0]}_report.json").read_text())
+    assert report["rejected"]["total"] == 0
+    assert store.longest_row <= DEMO.seq_length
+    assert check_grammar(store).offences == 0
 
 
-def test_modalities_change_only_at_a_control_token(interleaved: list) -> None:
-    content = (TargetKind.TEXT, TargetKind.UNIT)
-    for _, sample, _ in interleaved:
-        runs = runs_of(sample)
-        assert runs[0][0] in content and runs[-1][0] in content
-        for (kind, _), (following, _) in pairwise(runs):
-            assert (kind in content) != (following in content)
-        for (before, _), (control, ids), (after, _) in zip(runs, runs[1:], runs[2:], strict=False):
-            if control not in content:
-                assert len(ids) == 1
-                assert before != after  # `<|continue|>` and `<|correspond|>` both switch the modality
+@pytest.mark.parametrize("name", STORES[:2])
+def test_every_kind_of_target_occurs_but_continue(stores_directory: Path, name: str) -> None:
+    """Utterances are shorter than 10 s, so they are one segment each."""
+    counted = count_tokens(TokenStore.open(stores_directory / name)).tokens_by_kind
+    assert {kind for kind, tokens in counted.items() if tokens} == set(TargetKind) - {TargetKind.CONTINUE}
 
 
-def test_correspond_joins_the_same_words_in_both_modalities(interleaved: list) -> None:
-    tokenize = mistral_tokenize()
-    seen = set()
-    for utterance, sample, speaker in interleaved:
-        if utterance.unit_count >= DEMO.segment_units:
-            continue  # several segments: a run may hold more than one of them
-        runs = runs_of(sample)
-        spoken = [VOCABULARY.first_unit_id + unit for word in utterance.units for unit in word]
-        for kind, ids in runs:
-            if kind == TargetKind.TEXT:
-                assert ids == tokenize(" ".join(utterance.words))
-            if kind == TargetKind.UNIT:
-                assert ids == spoken
-        for word, units in zip(utterance.words, utterance.units, strict=True):
-            assert list(dict.fromkeys(units)) == [int(unit) for unit in speaker.sounds[word]]
-        seen.add(tuple(kind for kind, _ in runs))
-    text, unit, correspond = (TargetKind.TEXT, TargetKind.UNIT, TargetKind.CORRESPOND)
-    assert seen == {(text,), (unit,), (text, correspond, unit), (unit, correspond, text)}
+def test_some_samples_are_longer_than_the_window(stores_directory: Path) -> None:
+    lengths = TokenStore.open(stores_directory / "data_train").sample_lengths()
+    assert 0.01 < np.mean(lengths > DEMO.sliding_window) < 0.5
 
 
-def test_segments_follow_the_number_of_units() -> None:
-    rng = np.random.default_rng(0)
-    words = tuple("w" for _ in range(60))
-    utterance = Utterance(words, tuple((1, 2) for _ in words))  # 120 units
-    counts = [len(segment_bounds(utterance, 50, rng)) - 1 for _ in range(200)]
-    assert max(counts) == 3  # 120 // 50 + 1; two cuts at the same word make one less
-    assert min(counts) >= 1
-    assert segment_bounds(utterance, 121, rng) == [0, 60]
-    cuts = [segment_bounds(utterance, 50, rng)[1:-1] for _ in range(500)]
-    means = np.mean([cut for cut in cuts if len(cut) == 2], axis=0)
-    assert np.all(np.abs(means - [20, 40]) < 3)  # words, around the even split
+def test_heldout_sentences_are_never_trained_on(stores_directory: Path) -> None:
+    train, test = (set(texts_of(TokenStore.open(stores_directory / name))) for name in STORES[:2])
+    assert len(test) > 200 and not train & test
 
 
-def test_pack_in_order_never_splits_and_never_reorders() -> None:
-    samples = [[i] * length for i, length in enumerate([3, 4, 2, 8, 1, 1, 6])]
-    rows = list(pack_in_order(iter(samples), 8))
-    assert [token for row in rows for token in row] == [token for sample in samples for token in sample]
-    assert [len(row) for row in rows] == [7, 2, 8, 8]
+def test_heldout_dialogs_are_never_trained_on(stores_directory: Path) -> None:
+    """The text of an exchange is one run: the user's words, the header, the agent's."""
+    utterances_said, _, train, test = (
+        set(texts_of(TokenStore.open(stores_directory / name))) for name in STORES
+    )
+    exchanges = {text for text in test if "### Agent" in text}
+    users = {text.partition("\n")[0] for text in exchanges}
+    assert len(exchanges) > 100
+    assert not exchanges & train and not users & utterances_said
+    assert not users & {text.partition("\n")[0] for text in train}

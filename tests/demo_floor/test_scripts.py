@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from usdm_megatron.demo.corpus import DIALOGS, UTTERANCES
 from usdm_megatron.demo.settings import DEMO
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,9 @@ def test_the_demo_passes_the_settings_that_the_corpus_was_made_for() -> None:
         return [float(value) for value in re.findall(rf"--{flag} ([0-9.e-]+)", demo)]
 
     assert numbers("seq-length") == [DEMO.seq_length] * 2
+    assert numbers("epochs") == [DEMO.epochs]
+    assert f"--split {1 - DEMO.heldout_share},{DEMO.heldout_share}" in demo
+    assert f"/{UTTERANCES}" in demo and f"/{DIALOGS}" in demo
     assert numbers("global-batch-size") == [DEMO.global_batch_size]
     assert numbers("micro-batch-size") == [DEMO.micro_batch_size]
     assert numbers("lr") == [DEMO.lr]

@@ -91,15 +91,19 @@ def test_the_reply_is_to_what_was_heard(
     assert decoder.calls[1][0] == [replier.prompts.for_text(heard, "where is the silver").tolist()]
 
 
+@pytest.mark.parametrize("samples_per_row", [[1, 1, 1], [2, 1], [1, 2], [3]])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
 def test_limit_counts_dialogs(
-    samples: list[DialogSample], scripted: Scripted, write_store: WriteStore
+    samples: list[DialogSample],
+    scripted: Scripted,
+    write_store: WriteStore,
+    samples_per_row: list[int],
+    limit: int,
 ) -> None:
-    store = write_store(samples, [2, 1])
-    for limit in (1, 2, 3, 4):
-        evaluation = evaluate(scripted(samples), store, batch_size=8, limit=limit)
-        assert [(one.reference.row, one.reference.sample) for one in evaluation.replies] == [
-            (0, 0), (0, 1), (1, 0),
-        ][:limit]  # fmt: skip
+    store = write_store(samples, samples_per_row)
+    evaluation = evaluate(scripted(samples), store, batch_size=8, limit=limit)
+    places = [(row, sample) for row, count in enumerate(samples_per_row) for sample in range(count)]
+    assert [(one.reference.row, one.reference.sample) for one in evaluation.replies] == places[:limit]
 
 
 def test_every_exchange_of_a_longer_dialog(
@@ -143,6 +147,14 @@ def test_a_store_without_a_tokenizer_hash_is_taken(
 ) -> None:
     store = write_store(samples, tokenizer_sha256=None)
     assert len(evaluate(scripted(samples), store, batch_size=8).replies) == 3
+
+
+def test_a_dialog_longer_than_the_context(
+    template: DialogTemplate, samples: list[DialogSample], scripted: Scripted, write_store: WriteStore
+) -> None:
+    longer = template.sample(one_exchange("hello", "hi", [1] * 160, [1]))
+    with pytest.raises(DataError, match="store row 1, sample 0: 205 tokens .* reads 200 at once"):
+        evaluate(scripted([]), write_store([samples[0], longer]), batch_size=1)
 
 
 def all_targets(sample: DialogSample) -> DialogSample:

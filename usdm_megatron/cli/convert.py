@@ -36,14 +36,20 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def _import(options: ImportOptions) -> int:
-    from usdm_megatron.convert.import_hf import dry_run, run_import
+    if options.adapter is not None:
+        from usdm_megatron.convert.peft_import import dry_run
+        from usdm_megatron.convert.peft_import import import_adapter as run
+    else:
+        from usdm_megatron.convert.import_hf import dry_run
+        from usdm_megatron.convert.import_hf import run_import as run
 
     if options.dry_run:
         print(dry_run(options))
         return EXIT_DONE
-    summary = run_import(options)
+    summary = run(options)
     _print_removed(summary.removed)
-    rows = f", {summary.new_rows:,} new" if summary.new_rows else ""
+    what = "new" if options.adapter is None else "of them trained"
+    rows = f", {summary.new_rows:,} {what}" if summary.new_rows else ""
     print(
         f"{summary.path}: {summary.source_tensors} tensors mapped, {summary.model.layers} layers, "
         f"{summary.vocabulary.size:,} ids{rows}, {summary.weight_type}, {summary.size_bytes / 1e9:.2f} GB"
@@ -52,12 +58,17 @@ def _import(options: ImportOptions) -> int:
 
 
 def _export(options: ExportOptions) -> int:
-    from usdm_megatron.convert.export_hf import dry_run, run_export
+    if options.adapter_only:
+        from usdm_megatron.convert.peft_export import dry_run
+        from usdm_megatron.convert.peft_export import export_adapter as run
+    else:
+        from usdm_megatron.convert.export_hf import dry_run
+        from usdm_megatron.convert.export_hf import run_export as run
 
     if options.dry_run:
         print(dry_run(options))
         return EXIT_DONE
-    summary = run_export(options)
+    summary = run(options)
     _print_removed(summary.removed)
     files = "1 file" if len(summary.files) == 1 else f"{len(summary.files)} files"
     print(

@@ -20,6 +20,9 @@ def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `… | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes at exit
+        return EXIT_DONE
     return EXIT_DONE if code is None else code
 
 

@@ -38,9 +38,7 @@ class AdapterPlace:
     shape: tuple[int, ...]
 
 
-def adapter_places(
-    spec: LoraSpec, model: HFArchitecture, vocabulary: Vocabulary
-) -> dict[str, AdapterPlace]:
+def adapter_places(spec: LoraSpec, model: HFArchitecture, vocabulary: Vocabulary) -> dict[str, AdapterPlace]:
     """Every tensor that an adapter of `model` consists of, by PEFT's name, layer by layer."""
     new_ids = vocabulary.size - vocabulary.text_size
     entries = adapter_entries(spec.targets, model, train_new_embeddings=spec.train_new_embeddings)

@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 
 from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.checkpoint.adapter_facts import read_adapter_facts
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
+from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.checkpoint.tensor_reader import TensorReader
 from usdm_megatron.convert.name_table import ArchitectureTable, Entry, architecture_table, core_shape, to_hf
+from usdm_megatron.convert.options import ExportOptions
 from usdm_megatron.convert.weight_types import TORCH_TYPES, TypeName, type_of_torch
-from usdm_megatron.errors import CheckpointError
+from usdm_megatron.errors import CheckpointError, ConversionError
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,35 @@ class CheckpointWeights:
         }
 
 
+def chosen_checkpoint(options: ExportOptions) -> Path:
+    """The (verified) checkpoint directory to export, of the kind that the flags ask for.
+
+    Raises `CheckpointError` for a damaged checkpoint, `ConversionError` when the flags do not go with it.
+    """
+    directory = resolve_checkpoint(options.load, options.ckpt_step, fallback=False).path
+    if read_adapter_facts(directory) is None:
+        for name in ("adapter_only", "merge_lora"):
+            if getattr(options, name):
+                raise ConversionError(
+                    f"{directory} holds a whole model and no adapter; drop --{name.replace('_', '-')}"
+                )
+    elif not (options.adapter_only or options.merge_lora):
+        raise ConversionError(
+            f"{directory} holds a LoRA adapter without its base; say --adapter-only for a PEFT adapter, or "
+            "--merge-lora for a model with the adapter added"
+        )
+    return directory
+
+
 def open_weights(directory: Path) -> CheckpointWeights:
     """Check that a (verified) checkpoint holds exactly this architecture's weights; reads none of them.
 
     Raises `CheckpointError` naming each tensor that is missing or of another shape.
     """
+    if read_adapter_facts(directory) is not None:
+        raise CheckpointError(
+            f"{directory} holds a LoRA adapter without its base; export it with --merge-lora first"
+        )
     facts = read_facts(directory)
     model = facts.architecture
     table = architecture_table(facts.hf_config)

@@ -5,7 +5,6 @@ A LoRA checkpoint becomes a model with `--merge-lora`; the adapter alone is `pef
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,14 +13,19 @@ from typing import Any
 
 import torch
 
-from usdm_megatron.checkpoint.commit import publish_directory, sync_tree, temporary_path
 from usdm_megatron.checkpoint.facts import GENERATION_CONFIG_FILE, CheckpointFacts
-from usdm_megatron.checkpoint.integrity import write_integrity
-from usdm_megatron.checkpoint.resolve import resolve_checkpoint
-from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, open_weights
-from usdm_megatron.convert.destination import claimed, is_claimed, require_space
-from usdm_megatron.convert.finite import non_finite_count
+from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, chosen_checkpoint, open_weights
+from usdm_megatron.convert.destination import require_space
+from usdm_megatron.convert.export_target import (
+    ExportSummary,
+    finish_directory,
+    publish,
+    require_replaceable,
+    write_json,
+)
+from usdm_megatron.convert.finite import checked
 from usdm_megatron.convert.mapping import describe_export
+from usdm_megatron.convert.merge_lora import open_merged
 from usdm_megatron.convert.model_card import model_card
 from usdm_megatron.convert.name_table import ArchitectureTable
 from usdm_megatron.convert.options import ExportOptions
@@ -35,7 +39,8 @@ from usdm_megatron.convert.safetensors_writer import (
 )
 from usdm_megatron.convert.weight_types import TORCH_TYPES, TypeName, transformers_name
 from usdm_megatron.errors import ConversionError
-from usdm_megatron.tokenizer.files import check_tokenizer, copy_tokenizer
+
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,7 @@ def _write_directory(plan: ExportPlan, directory: Path, workers: int) -> None:
     config = exported_config(weights.facts, weights.table, plan.weight_type)
     write_json(directory / CONFIG_FILE, config)
     write_json(directory / GENERATION_CONFIG_FILE, exported_generation_config(weights.facts, config))
-    merged = weights.adapter.adapter if isinstance(weights, MergedWeights) else None
-    card = model_card(weights.facts, weights.table, plan.weight_type, merged)
+    card = model_card(weights.facts, weights.table, plan.weight_type)
     finish_directory(directory, weights.facts, card, hashes)
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from usdm_megatron.checkpoint.commit import publish_directory, temporary_path
+from usdm_megatron.checkpoint.commit import publish_directory, sync_tree, temporary_path
+from usdm_megatron.checkpoint.facts import CheckpointFacts
+from usdm_megatron.checkpoint.integrity import write_integrity
 from usdm_megatron.convert.destination import claimed, is_claimed, require_space
 from usdm_megatron.convert.weight_types import TypeName
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.tokenizer.files import check_tokenizer, copy_tokenizer
+
+_KINDS = {"config.json": "Hugging Face model", "adapter_config.json": "PEFT adapter"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,6 @@ def require_replaceable(target: Path, marker: str, *, overwrite: bool) -> None:
         )
 
 
-_KINDS = {"config.json": "Hugging Face model", "adapter_config.json": "PEFT adapter"}
-
-
 def publish(target: Path, size_bytes: int, write: Callable[[Path], None]) -> Published:
     """Let `write` fill a directory of about `size_bytes` and give it its name when all of it is there."""
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +68,24 @@ def publish(target: Path, size_bytes: int, write: Callable[[Path], None]) -> Pub
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Published(written_bytes, tuple(removed))
+
+
+def finish_directory(directory: Path, facts: CheckpointFacts, card: str, hashes: Mapping[str, str]) -> None:
+    """What every export has beside weights and config: card, tokenizer, and `integrity.json` last.
+
+    `hashes` are those of the files that were hashed while written.
+    """
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    if facts.tokenizer_dir is not None:
+        copy_tokenizer(facts.tokenizer_dir, directory)
+        check_tokenizer(directory, facts.vocabulary)
+    write_integrity(directory, hashes)
+    sync_tree(directory)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As transformers and peft write it, in the order given."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove_stale(target: Path) -> list[str]:

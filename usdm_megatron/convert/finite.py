@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -16,6 +19,16 @@ _INFINITY_BITS = {
 }
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def checked(
+    tensors: Iterable[tuple[str, torch.Tensor]], source: Path, problems: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass tensors on, and add to `problems` each one of `source` that is not finite."""
+    for name, tensor in tensors:
+        if count := non_finite_count(tensor):
+            problems.append(f"{source}: {name} has {count:,} values that are NaN or infinite")
+        yield name, tensor
 
 
 def non_finite_count(tensor: torch.Tensor) -> int:

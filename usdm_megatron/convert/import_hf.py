@@ -52,7 +52,8 @@ class ImportSummary:
 
 def open_plan(options: ImportOptions) -> ImportPlan:
     """Find the source, check it, and decide what will be written; reads no weights."""
-    _check_destination(options)
+    assert options.hf_path is not None, "an adapter is imported by peft_import"
+    check_destination(options)
     directory = locate(options.hf_path, options.hf_revision, options.hf_cache_dir)
     return plan_import(open_source(directory), options)
 
@@ -91,7 +92,7 @@ def dry_run(options: ImportOptions) -> str:
 
 def _write(plan: ImportPlan, options: ImportOptions, tokenizer_dir: Path | None) -> Path:
     source = plan.source
-    weights = _CheckedWeights(source)
+    weights = CheckedWeights(source)
     with (
         WeightHasher(source.directory, _hashed_files(source)) as hasher,
         byte_progress("importing", plan.size_bytes) as progress,
@@ -121,7 +122,7 @@ def _write(plan: ImportPlan, options: ImportOptions, tokenizer_dir: Path | None)
         )
 
 
-class _CheckedWeights:
+class CheckedWeights:
     """Reads the source and remembers every tensor that is not finite: all are reported, at the end."""
 
     def __init__(self, source: HFSource) -> None:
@@ -161,7 +162,8 @@ def _prepare_tokenizer(plan: ImportPlan, target: Path) -> Path | None:
     return target
 
 
-def _check_destination(options: ImportOptions) -> None:
+def check_destination(options: ImportOptions) -> None:
+    """Refuse a place to write to that holds a converted model, unless `--overwrite`, or a run."""
     release = options.save / RELEASE
     if release.exists() and not options.overwrite:
         raise ConversionError(f"{release} exists; pass --overwrite to replace it, or choose another --save")
@@ -180,9 +182,10 @@ def _hashed_files(source: HFSource) -> list[str]:
 def _provenance(plan: ImportPlan, options: ImportOptions, hashes: dict[str, str]) -> dict[str, Any]:
     """Where the weights come from; no time, host or path, so that equal imports are equal bytes."""
     directory = plan.source.directory
-    is_hub_id = not Path(options.hf_path).expanduser().exists()
+    hf_path = str(options.hf_path)
+    is_hub_id = not Path(hf_path).expanduser().exists()
     return {
-        "source": options.hf_path if is_hub_id else directory.resolve().name,
+        "source": hf_path if is_hub_id else directory.resolve().name,
         "revision": directory.name if is_hub_id else None,  # a snapshot's directory is its commit
         "files": hashes,
         "options": {

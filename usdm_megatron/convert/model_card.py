@@ -1,4 +1,4 @@
-"""`README.md` of an exported model: where its weights come from and how they were trained."""
+"""`README.md` of an exported model or adapter: where its weights come from and how they were trained."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import yaml
 
+from usdm_megatron.checkpoint.adapter_facts import AdapterFacts, read_adapter_facts
 from usdm_megatron.checkpoint.facts import RUN_CONFIG_FILE, CheckpointFacts
+from usdm_megatron.checkpoint.integrity import INTEGRITY_FILE
 from usdm_megatron.convert.name_table import ArchitectureTable
 from usdm_megatron.convert.weight_types import TypeName, transformers_name
+from usdm_megatron.lora_spec import TARGETS
 
 _STATE_FILE = "train_state.json"
 # Sections of a run's configuration that say how the weights came about; the others hold paths and logs.
@@ -19,27 +22,80 @@ _DATA_KEYS = ("seq_length", "micro_batch_size", "global_batch_size", "shuffle")
 
 
 def model_card(facts: CheckpointFacts, table: ArchitectureTable, weight_type: TypeName) -> str:
-    """Markdown with the hub's metadata in front; no time, host or path."""
+    """Markdown with the hub's metadata in front; no time, host or path.
+
+    `facts` of a LoRA checkpoint mean that its adapter was merged.
+    """
     source = facts.provenance.get("source")
     front = {"library_name": "transformers", "tags": ["usdm", "speech-text"]}
     if isinstance(source, str) and "/" in source:  # a hub id
         front["base_model"] = source
+    adapter = read_adapter_facts(facts.directory)
+    return _card(
+        front,
+        f"{table.export_as}{', speech-text' if facts.vocabulary.has_speech else ''}",
+        f"Exported by usdm_megatron from {_origin(facts)}. transformers and vLLM load it as it is.",
+        {
+            "Model": _model(facts, weight_type),
+            "Adapter, merged": _adapter(adapter) if adapter else {},
+            **_common_sections(facts),
+        },
+    )
+
+
+def adapter_card(
+    facts: CheckpointFacts, adapter: AdapterFacts, weight_type: TypeName, hub_id: str | None
+) -> str:
+    """The same for an adapter alone; `hub_id` is the base's, if it has one."""
+    front = {"library_name": "peft", "tags": ["lora", "usdm", "speech-text"]}
+    if hub_id is not None:
+        front["base_model"] = hub_id
+    return _card(
+        front,
+        f"LoRA adapter{', speech-text' if facts.vocabulary.has_speech else ''}",
+        f"Exported by usdm_megatron from {_origin(facts)}. `peft.PeftModel.from_pretrained(base, directory)` "
+        "loads it.",
+        {
+            "Adapter": {**_adapter(adapter), "type": transformers_name(weight_type)},
+            **_common_sections(facts),
+        },
+    )
+
+
+def _card(front: Mapping[str, Any], title: str, text: str, sections: Mapping[str, dict[str, Any]]) -> str:
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=True).strip(),
+        yaml.safe_dump(dict(front), sort_keys=True).strip(),
         "---",
         "",
-        f"# {table.export_as}{', speech-text' if facts.vocabulary.has_speech else ''}",
+        f"# {title}",
         "",
-        f"Exported by usdm_megatron from {_origin(facts)}. transformers and vLLM load it as it is.",
+        text,
         "",
-        *_table("Model", _model(facts, weight_type)),
-        *_table("Vocabulary", _vocabulary(facts)),
-        *_table("Source of the weights", _source(facts)),
     ]
-    if facts.kind == "run":
-        lines += _table("Training", _training(facts))
+    for name, rows in sections.items():
+        lines += _table(name, rows) if rows else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _common_sections(facts: CheckpointFacts) -> dict[str, dict[str, Any]]:
+    return {
+        "Vocabulary": _vocabulary(facts),
+        "Source of the weights": _source(facts),
+        "Training": _training(facts) if facts.kind == "run" else {},
+    }
+
+
+def _adapter(adapter: AdapterFacts) -> dict[str, Any]:
+    spec = adapter.spec
+    return {
+        "r": spec.r,
+        "alpha": spec.alpha,
+        "dropout": spec.dropout,
+        "target modules": ", ".join(target for target in TARGETS if target in spec.targets),
+        "rows of new ids": "trained" if spec.train_new_embeddings else "frozen",
+        f"base, sha256 of its {INTEGRITY_FILE}": adapter.base_sha256,
+    }
 
 
 def _origin(facts: CheckpointFacts) -> str:
@@ -78,7 +134,11 @@ def _source(facts: CheckpointFacts) -> dict[str, Any]:
     record = facts.provenance
     rows = {name: record.get(name) for name in ("source", "revision")}
     rows |= {f"option {name}": value for name, value in dict(record.get("options") or {}).items()}
-    return rows | {f"sha256 of {name}": digest for name, digest in dict(record.get("files") or {}).items()}
+    rows |= {f"sha256 of {name}": digest for name, digest in dict(record.get("files") or {}).items()}
+    adapter = dict(record.get("adapter") or {})
+    if adapter:
+        rows["adapter's source"] = adapter.get("source")
+    return rows | {f"sha256 of {name}": digest for name, digest in dict(adapter.get("files") or {}).items()}
 
 
 def _training(facts: CheckpointFacts) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class ImportOptions:
     adapter: Path | None = None
     """Instead of --hf-path: PEFT directory (adapter_config.json, adapter_model.safetensors) to go on from."""
     load: Path | None = None
-    """With --adapter, the checkpoint that it adapts: a converted model, a run, or one checkpoint directory."""
+    """With --adapter: the checkpoint that it adapts, a converted model, a run, or one of its steps."""
     extend_vocab: str | None = None
     """usdm: add the 10,003 speech tokens; a model that has them is checked and left as it is.
     units=N,tokens=a,b: N speech units, and extra tokens behind <pad>."""

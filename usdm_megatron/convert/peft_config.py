@@ -67,7 +67,7 @@ def peft_config(
 
 
 def spec_of(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary, *, tied: bool) -> LoraSpec:
-    """The adapter that a foreign `adapter_config.json` (at `path`) describes, over a model of this vocabulary.
+    """The adapter that a foreign `adapter_config.json` (at `path`) describes, over a base of this vocabulary.
 
     Raises `ConversionError` with every field whose value is not computed here.
     """

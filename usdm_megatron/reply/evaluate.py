@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.errors import DataError
 from usdm_megatron.reply.error_rate import ErrorCount, total, unit_errors, word_errors
 from usdm_megatron.reply.inference import Replier, Reply
+from usdm_megatron.reply.model_directory import ModelDirectory
 from usdm_megatron.reply.references import ReferenceExchange, check_store, reference_exchanges
 
 
@@ -96,9 +98,11 @@ def evaluate(
     """
     check_store(store, replier.directory)
     references = list(reference_exchanges(store, replier, limit))
-    order = sorted(range(len(references)), key=lambda number: len(references[number].heard))
+    _check_room(references, store, replier.directory)
+    # of similar lengths, so that little is padded; the longest first: if memory is short, it shows at once
+    order = sorted(range(len(references)), key=lambda number: -len(references[number].heard))
     scored: dict[int, ScoredReply] = {}
-    for begin in range(0, len(order), batch_size):  # of similar lengths: little padding
+    for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
         replies = replier.reply([references[number].heard for number in batch])
         scored |= {
@@ -114,3 +118,15 @@ def evaluate(
         units=total(each.units for each in replies_in_order),
         replies=replies_in_order,
     )
+
+
+def _check_room(
+    references: Sequence[ReferenceExchange], store: TokenStore, directory: ModelDirectory
+) -> None:
+    longest = max(references, key=lambda one: len(one.heard))
+    if len(longest.heard) >= directory.context_tokens:
+        raise DataError(
+            f"{store.prefix} row {longest.row}, sample {longest.sample}: {len(longest.heard):,} tokens up to "
+            f"the user's units, and {directory.path} reads {directory.context_tokens:,} at once; preprocess "
+            "with a smaller --seq-length"
+        )

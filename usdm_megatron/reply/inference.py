@@ -108,11 +108,11 @@ class Replier:
         self._decode = decode
         line_end = directory.encoder.encode(_LINE_END)
         self.line_end_id = int(line_end[-1])
-        after_text, after_units = vocabulary.text_size, vocabulary.first_unit_id
-        self.transcript_rule = StepRule(range(after_text, vocabulary.size), self.line_end_id)
-        self.text_rule = StepRule(range(after_units, vocabulary.size), vocabulary.correspond_id)
+        first_unit = vocabulary.first_unit_id
+        self.transcript_rule = StepRule(range(vocabulary.text_size, vocabulary.size), self.line_end_id)
+        self.text_rule = StepRule(range(first_unit, vocabulary.size), vocabulary.correspond_id)
         # what the tokenizer puts before the line end behind the units; without any, the line end itself
-        self.units_rule = StepRule(range(after_units), int(line_end[0]))
+        self.units_rule = StepRule(range(first_unit), int(line_end[0]))
 
     def reply(self, heard: Sequence[np.ndarray]) -> list[Reply]:
         """The reply to every first-step prompt; raises `DataError` where one leaves no room to write."""

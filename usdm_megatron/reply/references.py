@@ -44,8 +44,8 @@ def check_store(store: TokenStore, directory: ModelDirectory) -> None:
     if summary.vocabulary != directory.vocabulary:
         problems.append(
             f"{prefix}: made for {summary.vocabulary.to_dict()}, {directory.path} has "
-            f"{directory.vocabulary.to_dict()}; the same ids would mean other "
-            "tokens: preprocess for this model"
+            f"{directory.vocabulary.to_dict()}; the same ids would mean "
+            "other tokens: preprocess for this model"
         )
     if summary.tokenizer_sha256 not in (None, directory.tokenizer_sha256):
         problems.append(
@@ -90,7 +90,7 @@ def _exchanges(
     tokens: np.ndarray, loss_mask: np.ndarray, row: int, sample: int, replier: Replier
 ) -> Iterator[ReferenceExchange]:
     vocabulary = replier.directory.vocabulary
-    edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0))
+    edges = np.flatnonzero(np.diff(loss_mask != 0, prepend=False, append=False))
     runs = [slice(begin, end) for begin, end in edges.reshape(-1, 2).tolist()]
     if not runs or len(runs) % 2:
         raise _NoDialog(f"{len(runs)} runs of targets, where an exchange has two")

@@ -54,7 +54,7 @@ def read_sequences(dataset: Any) -> None:
 
 
 def gpt_dataset(prefix: str, indices: Path, seq_length: int, *, restart_positions: bool) -> Any:
-    """One epoch of Megatron's `GPTDataset`, whose index lies in `indices`; no attention masks (S x S a row)."""
+    """One epoch of Megatron's `GPTDataset`, its index in `indices`; without attention masks (S x S each)."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 

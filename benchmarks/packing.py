@@ -24,7 +24,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import tyro
 
-from usdm_megatron.data.packing import Packing, pack
+from usdm_megatron.preprocess.packing import Packing, pack
 
 try:
     import numba

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn packed rows, samples, speech-text corpora and dialogs into token stores; see `--help`. Works from a checkout without installation."""
+"""Turn corpora, dialogs and token ids into token stores; see `--help`. Works from a checkout."""
 
 import importlib.util
 import sys

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from usdm_megatron.cli import main
-from usdm_megatron.data.dialog import DialogTemplate, Turn, exchanges
+from usdm_megatron.corpora.dialog import DialogTemplate, Turn, exchanges
 from usdm_megatron.data.example_row import TextDecoder, read_example
-from usdm_megatron.data.text_encoder import TextEncoder, extended_tokenizer
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.data.token_store_writer import TokenStoreWriter
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 from usdm_megatron.errors import DataError
 from usdm_megatron.tokenizer.files import extend_tokenizer
+from usdm_megatron.tokenizer.text_encoder import TextEncoder, extended_tokenizer
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 V = Vocabulary(text_size=20, unit_count=7)

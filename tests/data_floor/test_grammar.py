@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usdm_megatron.data.alignment import WordSpan
-from usdm_megatron.data.dialog import DialogTemplate, Turn, exchanges
+from usdm_megatron.corpora.alignment import WordSpan
+from usdm_megatron.corpora.dialog import DialogTemplate, Turn, exchanges
+from usdm_megatron.corpora.interleave import interleave, sample_generator
 from usdm_megatron.data.grammar import Offence, Rule, broken_rules, check_grammar, rules_for, token_name
-from usdm_megatron.data.interleave import interleave, sample_generator
-from usdm_megatron.data.text_encoder import TextEncoder
 from usdm_megatron.data.token_runs import RowsOfStore
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.data.token_store_writer import TokenStoreWriter
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 from usdm_megatron.errors import DataError
+from usdm_megatron.tokenizer.text_encoder import TextEncoder
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 V = Vocabulary(text_size=20, unit_count=7)

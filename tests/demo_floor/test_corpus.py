@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from usdm_megatron.data.alignment import Utterance, align
+from usdm_megatron.corpora.alignment import Utterance, align
+from usdm_megatron.corpora.speech_corpora import ManifestCorpus
 from usdm_megatron.data.grammar import check_grammar
-from usdm_megatron.data.speech_corpora import ManifestCorpus
 from usdm_megatron.data.store_statistics import count_tokens
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.demo.corpus import DIALOGS, SPEAKERS, UTTERANCES, WORDS, Speaker, write_demo_corpus

@@ -16,12 +16,14 @@ import yaml
 
 from usdm_megatron import cli
 from usdm_megatron.cli import convert, preprocess
+from usdm_megatron.config_file import section_types
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "tests/data/original_training_page.txt").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs/from-usdm.md").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / "examples/pretrain_usdm.sh").read_text(encoding="utf-8")
-FINE_TUNING = "with `sft` (fine-tuning)"
+SFT_EXAMPLE = (ROOT / "examples/sft_usdm.sh").read_text(encoding="utf-8")
+LORA = "with LoRA"
 FLAG = re.compile(r"(?<![-\w])--?[A-Za-z][\w-]*")
 CODE = re.compile(r"`([^`]+)`")
 
@@ -53,14 +55,13 @@ def commands_of_page() -> Iterator[str]:
 
 def fragments() -> list[str]:
     """Everything in code quotes in the column `here`."""
-    return sorted(
-        {fragment for row in rows() if row.here != FINE_TUNING for fragment in CODE.findall(row.here)}
-    )
+    return sorted({fragment for row in rows() if row.here != LORA for fragment in CODE.findall(row.here)})
 
 
-def pretrain_blocks() -> list[str]:
+def whole_command(task: str) -> str:
     blocks = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)]
-    return [block for block in blocks if block.startswith("usdm-megatron pretrain")]
+    (command,) = (block for block in blocks if block.startswith(f"usdm-megatron {task}"))
+    return command
 
 
 def test_the_page_still_reads_as_expected() -> None:
@@ -116,15 +117,17 @@ def test_what_the_guide_tells_to_write_is_accepted(fragment: str, capsys: pytest
         check_shell(fragment)
 
 
+@pytest.mark.parametrize(
+    ("task", "global_batch_size", "shuffle"), [("pretrain", 1024, False), ("sft", 2 * 4 * 8, True)]
+)
 def test_the_whole_command_resolves_to_the_original_hyperparameters(
-    capsys: pytest.CaptureFixture[str],
+    task: str, global_batch_size: int, shuffle: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = pretrain_blocks()
-    config = yaml.safe_load(print_config(block, capsys))
-    assert config["recipe"] == "usdm"
-    assert config["data"]["global_batch_size"] == 1024
+    config = yaml.safe_load(print_config(whole_command(task), capsys))
+    assert (config["task"], config["recipe"]) == (task, "usdm")
+    assert config["data"]["global_batch_size"] == global_batch_size
     assert config["data"]["seq_length"] == 8192
-    assert not config["data"]["shuffle"]
+    assert config["data"]["shuffle"] == shuffle
     optimizer = config["optimizer"]
     assert (optimizer["lr"], optimizer["lr_decay_style"], optimizer["min_lr"]) == (2e-5, "cosine", 0)
     assert (optimizer["lr_warmup_fraction"], optimizer["weight_decay"], optimizer["clip_grad"]) == (
@@ -140,18 +143,19 @@ def test_the_whole_command_resolves_to_the_original_hyperparameters(
     assert config["training"]["train_sample_boundaries"]
 
 
-def test_the_cluster_script_passes_what_the_guide_says(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = pretrain_blocks()
-    for flag, value in re.findall(r"(--[a-z][a-z0-9-]+) ([0-9][\w.-]*|cosine)(?=\s)", block):
+@pytest.mark.parametrize(
+    ("task", "script"), [("pretrain", EXAMPLE), ("sft", SFT_EXAMPLE)], ids=["pretrain", "sft"]
+)
+def test_the_cluster_scripts_pass_what_the_guide_says(task: str, script: str) -> None:
+    script = re.sub(r'"\$\{\w+:-(\w+)\}"', r"\1", script)  # a variable's default
+    for flag, value in re.findall(r"(--[a-z][a-z0-9-]+) ([0-9][\w.-]*|cosine)(?=\s)", whole_command(task)):
         if flag not in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--clip-grad"):
-            assert f"{flag} {value}" in EXAMPLE, f"examples/pretrain_usdm.sh lacks {flag} {value}"
+            assert f"{flag} {value}" in script, f"the example of {task} lacks {flag} {value}"
 
 
-def test_fine_tuning_rows_promise_nothing_that_is_not_there() -> None:
-    promised = any(row.here == FINE_TUNING for row in rows())
-    assert promised == ("sft" not in cli.COMMANDS), (
-        "the fine-tuning rows must name real commands once `sft` exists"
-    )
+def test_lora_rows_promise_nothing_that_is_not_there() -> None:
+    promised = any(row.here == LORA for row in rows())
+    assert promised == ("lora" not in section_types()), "these rows must name real flags once there are some"
 
 
 def print_config(command: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -170,7 +174,11 @@ def check_shell(fragment: str) -> None:
     words = shlex.split(fragment)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name = words.pop(0).partition("=")[0]
-        readers = EXAMPLE + (ROOT / "scripts/setup.sh").read_text(encoding="utf-8")
+        readers = (
+            EXAMPLE
+            + (ROOT / "scripts/launch.sh").read_text(encoding="utf-8")
+            + (ROOT / "scripts/setup.sh").read_text(encoding="utf-8")
+        )
         assert re.search(rf"\$\{{{name}:-|{name} is not set", readers), f"no script reads {name}"
     if not words:
         return

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import write_hf_model
-from usdm_megatron.data.dialog import DialogSample, DialogTemplate, Exchange, Turn, exchanges
+from usdm_megatron.corpora.dialog import DialogSample, DialogTemplate, Exchange, Turn, exchanges
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.data.token_store_writer import TokenStoreWriter
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer

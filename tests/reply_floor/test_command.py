@@ -15,7 +15,7 @@ from tests.convert_floor.conftest import edit_json
 from tests.reply_floor.conftest import VOCABULARY, WriteStore, one_exchange
 from tests.tiny import write_hf_model
 from usdm_megatron.cli import main
-from usdm_megatron.data.dialog import DialogTemplate
+from usdm_megatron.corpora.dialog import DialogTemplate
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 from usdm_megatron.errors import DataError
 from usdm_megatron.reply.model_directory import open_model_directory

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.reply_floor.conftest import VOCABULARY, ScriptedDecoder, WriteStore, one_exchange
-from usdm_megatron.data.dialog import DialogSample, DialogTemplate
+from usdm_megatron.corpora.dialog import DialogSample, DialogTemplate
 from usdm_megatron.errors import DataError
 from usdm_megatron.reply.error_rate import ErrorCount
 from usdm_megatron.reply.evaluate import evaluate

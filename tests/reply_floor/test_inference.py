@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reply_floor.conftest import GOLDEN, VOCABULARY, ScriptedDecoder, one_exchange
-from usdm_megatron.data.dialog import DialogSample, DialogTemplate
+from usdm_megatron.corpora.dialog import DialogSample, DialogTemplate
 from usdm_megatron.errors import DataError
 from usdm_megatron.reply.inference import Continuation, DialogPrompts, Replier, StepRule
 from usdm_megatron.reply.model_directory import ModelDirectory

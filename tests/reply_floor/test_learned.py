@@ -11,7 +11,7 @@ import torch
 from tests.reply_floor.conftest import VOCABULARY, WriteStore, one_exchange
 from tests.tiny import write_hf_model
 from usdm_megatron.cli import main
-from usdm_megatron.data.dialog import DialogSample, DialogTemplate
+from usdm_megatron.corpora.dialog import DialogSample, DialogTemplate
 from usdm_megatron.tokenizer.files import TOKENIZER_FILES
 
 DIALOGS = [

@@ -53,7 +53,7 @@ def cached_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(cached_data: Path) -> Path:
-    from usdm_megatron.data.preprocess import StoreOptions, preprocess_cache
+    from usdm_megatron.preprocess.stores import StoreOptions, preprocess_cache
 
     prefix = cached_data.parent / "store"
     preprocess_cache(cached_data, prefix, StoreOptions(seq_length=SEQ_LENGTH, vocabulary=tiny.VOCABULARY))

@@ -27,7 +27,16 @@ from usdm_megatron.data.token_store import TokenStore
 
 ROWS, EPOCHS, GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH, LR = 40, 2, 4, 2, 64, 3e-3
 STEPS = EPOCHS * ROWS // GLOBAL_BATCH
-LAYOUTS = [Layout(), Layout(2), Layout(1, 2), Layout(1, 1, 2), Layout(2, sp=True), Layout(1, 2, vpp=3)]
+LATE = (("overlap_grad_reduce", True), ("overlap_param_gather", True))  # evaluation needs gathered weights
+LAYOUTS = [
+    Layout(),
+    Layout(2),
+    Layout(1, 2),
+    Layout(1, 1, 2),
+    Layout(2, sp=True),
+    Layout(1, 2, vpp=3),
+    Layout(1, 1, 2, extra=LATE),
+]
 DIALOGS = random_dialogs(ROWS, seed=1)
 TEST_DIALOGS = random_dialogs(5, seed=2)
 
@@ -39,9 +48,9 @@ class Stores(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
-    from usdm_megatron.data.parts_plan import MergeOptions
-    from usdm_megatron.data.preprocess import SampleOptions, StoreOptions, write_samples
-    from usdm_megatron.data.sft_lines import SftLinesSource
+    from usdm_megatron.preprocess.parts_plan import MergeOptions
+    from usdm_megatron.preprocess.sft_lines import SftLinesSource
+    from usdm_megatron.preprocess.stores import SampleOptions, StoreOptions, write_samples
 
     directory = tmp_path_factory.mktemp("sft")
     found = []

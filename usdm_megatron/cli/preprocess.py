@@ -11,9 +11,9 @@ import tyro
 from usdm_megatron.cli.preprocess_corpora import DialogFlags, SpeechTextFlags
 from usdm_megatron.cli.preprocess_flags import WorkFlags
 from usdm_megatron.cli.preprocess_ids import CacheFlags, PackedFlags, SamplesFlags, SftFlags
-from usdm_megatron.data.merge import MergeResult, merge_parts
-from usdm_megatron.data.parts_plan import parts_directory
 from usdm_megatron.data.token_store import StoreSummary
+from usdm_megatron.preprocess.merge import MergeResult, merge_parts
+from usdm_megatron.preprocess.parts_plan import parts_directory
 
 
 @dataclass(frozen=True, kw_only=True)

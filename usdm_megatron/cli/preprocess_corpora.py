@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_megatron.cli.preprocess_flags import SampleFlags, StoreFlags
-from usdm_megatron.data.merge import MergeResult
-from usdm_megatron.data.packing import PackingMethod
-from usdm_megatron.data.parts_plan import IdRule
-from usdm_megatron.data.preprocess import SampleOptions, StoreOptions, write_samples
-from usdm_megatron.data.samples import SampleSource
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.preprocess.merge import MergeResult
+from usdm_megatron.preprocess.packing import PackingMethod
+from usdm_megatron.preprocess.parts_plan import IdRule
+from usdm_megatron.preprocess.samples import SampleSource
+from usdm_megatron.preprocess.stores import SampleOptions, StoreOptions, write_samples
 
 if TYPE_CHECKING:
-    from usdm_megatron.data.dialog_corpora import DialogCorpus
-    from usdm_megatron.data.speech_corpora import Corpus
-    from usdm_megatron.data.text_encoder import ExtendedTokenizer
+    from usdm_megatron.corpora.dialog_corpora import DialogCorpus
+    from usdm_megatron.corpora.speech_corpora import Corpus
+    from usdm_megatron.tokenizer.text_encoder import ExtendedTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class SpeechTextFlags(_CorpusFlags):
             )
 
     def run(self) -> MergeResult | None:
-        from usdm_megatron.data.speech_text import SpeechTextSource
-        from usdm_megatron.data.text_encoder import TextEncoder, extended_tokenizer
+        from usdm_megatron.corpora.speech_text import SpeechTextSource
+        from usdm_megatron.tokenizer.text_encoder import TextEncoder, extended_tokenizer
 
         tokenizer = extended_tokenizer(self.tokenizer)
         source = SpeechTextSource(
@@ -81,8 +81,8 @@ class SpeechTextFlags(_CorpusFlags):
         return self.write("speech-text", source, tokenizer, "once", recorded)
 
     def _corpus(self) -> Corpus:
-        from usdm_megatron.data.speech_corpora import ManifestCorpus
-        from usdm_megatron.data.textgrid_corpus import TextGridCorpus
+        from usdm_megatron.corpora.speech_corpora import ManifestCorpus
+        from usdm_megatron.corpora.textgrid_corpus import TextGridCorpus
 
         if self.unit_root is not None and self.textgrid_root is not None:
             return TextGridCorpus(self.unit_root, self.textgrid_root)
@@ -103,8 +103,8 @@ class DialogFlags(_CorpusFlags):
     """As many exchanges of a dialog as fit are one sample, instead of one exchange."""
 
     def run(self) -> MergeResult | None:
-        from usdm_megatron.data.dialog_corpora import DialogSource
-        from usdm_megatron.data.text_encoder import TextEncoder, extended_tokenizer
+        from usdm_megatron.corpora.dialog_corpora import DialogSource
+        from usdm_megatron.tokenizer.text_encoder import TextEncoder, extended_tokenizer
 
         tokenizer = extended_tokenizer(self.tokenizer)
         source = DialogSource(
@@ -117,7 +117,7 @@ class DialogFlags(_CorpusFlags):
         return self.write("dialog", source, tokenizer, "together", {"multi_turn": self.multi_turn})
 
     def _corpus(self) -> DialogCorpus:
-        from usdm_megatron.data.dialog_corpora import DailyTalkDialogs, JsonDialogs
+        from usdm_megatron.corpora.dialog_corpora import DailyTalkDialogs, JsonDialogs
 
         if len(self.input) == 1 and self.input[0].is_dir():
             return DailyTalkDialogs(self.input[0], self.metadata)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from usdm_megatron.data.executors import Executor, ExecutorKind, open_executor
-from usdm_megatron.data.packing import PackingMethod
-from usdm_megatron.data.parts_plan import MergeOptions, Shard
-from usdm_megatron.data.preprocess import StoreOptions, WorkOptions
-from usdm_megatron.data.sample_parts import Progress
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.preprocess.executors import Executor, ExecutorKind, open_executor
+from usdm_megatron.preprocess.packing import PackingMethod
+from usdm_megatron.preprocess.parts_plan import MergeOptions, Shard
+from usdm_megatron.preprocess.sample_parts import Progress
+from usdm_megatron.preprocess.stores import StoreOptions, WorkOptions
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 _PROGRESS_INTERVAL_S = 10.0

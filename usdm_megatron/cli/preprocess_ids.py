@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from usdm_megatron.cli.preprocess_flags import IdFlags, SampleFlags, parse_split
-from usdm_megatron.data.merge import MergeResult
-from usdm_megatron.data.packing import PackingMethod
-from usdm_megatron.data.parts_plan import MergeOptions
-from usdm_megatron.data.preprocess import SampleOptions, preprocess_cache, preprocess_packed, write_samples
-from usdm_megatron.data.rows import RowSource
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.preprocess.merge import MergeResult
+from usdm_megatron.preprocess.packing import PackingMethod
+from usdm_megatron.preprocess.parts_plan import MergeOptions
+from usdm_megatron.preprocess.rows import RowSource
+from usdm_megatron.preprocess.stores import SampleOptions, preprocess_cache, preprocess_packed, write_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class _RepackFlags(IdFlags):
             raise ConfigError(f"{', '.join(names)}: rows are taken as they are; add --repack to pack anew")
 
     def repacked(self, command: str, rows: Mapping[str, RowSource]) -> MergeResult | None:
-        from usdm_megatron.data.sample_files import RepackSource
+        from usdm_megatron.preprocess.sample_files import RepackSource
 
         sources = {
             name: RepackSource(source, self.vocabulary, self.seq_length) for name, source in rows.items()
@@ -65,7 +65,7 @@ class CacheFlags(_RepackFlags):
     """Directory that datasets.DatasetDict.save_to_disk wrote, or Parquet; column input_ids."""
 
     def run(self) -> MergeResult | None:
-        from usdm_megatron.data.sources import open_cache
+        from usdm_megatron.preprocess.row_sources import open_cache
 
         if self.repack:
             return self.repacked("cache", open_cache(self.input))
@@ -80,7 +80,7 @@ class PackedFlags(_RepackFlags):
     """The files, e.g. part*.txt."""
 
     def run(self) -> MergeResult | None:
-        from usdm_megatron.data.sources import PackedTextSource
+        from usdm_megatron.preprocess.row_sources import PackedTextSource
 
         if self.repack:
             return self.repacked("packed", {"": PackedTextSource(self.input)})
@@ -95,7 +95,7 @@ class SamplesFlags(SampleFlags, IdFlags):
     """The files, e.g. data_epoch*.txt."""
 
     def run(self) -> MergeResult | None:
-        from usdm_megatron.data.sample_files import SampleFilesSource
+        from usdm_megatron.preprocess.sample_files import SampleFilesSource
 
         source = SampleFilesSource(self.input, self.vocabulary, self.seq_length)
         samples = SampleOptions(self.merge_options())
@@ -114,7 +114,7 @@ class SftFlags(SampleFlags, IdFlags):
     """none: a sample a row, as the original; best-fit: many times fewer rows (a batch counts rows)."""
 
     def run(self) -> MergeResult | None:
-        from usdm_megatron.data.sft_lines import SftLinesSource
+        from usdm_megatron.preprocess.sft_lines import SftLinesSource
 
         source = SftLinesSource(self.input, self.vocabulary, self.seq_length)
         samples = SampleOptions(self.merge_options())

@@ -25,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _MOST_CONFIG_BYTES = 4 << 20
 _MOST_INDEX_BYTES = 16 << 20  # a hundred thousand tensors take 9 MB
 _TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+READABLE_TYPES = tuple(_TORCH_TYPES)
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ def _tensor_problems(source: HFSource, table: ArchitectureTable, model: HFArchit
                 yield f"{where} does not belong to this architecture"
         elif tensor.shape != expected[name]:
             yield f"{where} has shape {escaped(list(tensor.shape))}, expected {list(expected[name])}"
-        elif tensor.dtype not in _TORCH_TYPES:
+        elif tensor.dtype not in READABLE_TYPES:
             yield (
-                f"{where} is of type {tensor.dtype}, not {', '.join(_TORCH_TYPES)}; a quantized model is "
+                f"{where} is of type {tensor.dtype}, not {', '.join(READABLE_TYPES)}; a quantized model is "
                 "converted from its unquantized original"
             )
 

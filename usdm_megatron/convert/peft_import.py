@@ -19,7 +19,7 @@ from usdm_megatron.checkpoint.streamed import StreamedTensor, save_streamed
 from usdm_megatron.convert.adapter_weights import AdapterPlace, adapter_places
 from usdm_megatron.convert.destination import claimed, require_space
 from usdm_megatron.convert.foreign_bytes import escaped, first_problems, is_file, named, read_small_json
-from usdm_megatron.convert.hf_source import HFSource
+from usdm_megatron.convert.hf_source import READABLE_TYPES, HFSource
 from usdm_megatron.convert.import_hf import CheckedWeights, ImportSummary, check_destination
 from usdm_megatron.convert.options import ImportOptions
 from usdm_megatron.convert.peft_config import ADAPTER_CONFIG_FILE, spec_of
@@ -137,6 +137,8 @@ def _tensor_problems(source: HFSource, places: dict[str, AdapterPlace]) -> Itera
                 f"{where} has shape {escaped(list(tensor.shape))}, expected {list(places[name].shape)} by "
                 f"{ADAPTER_CONFIG_FILE} and the base"
             )
+        elif tensor.dtype not in READABLE_TYPES:
+            yield f"{where} is of type {tensor.dtype}, not {', '.join(READABLE_TYPES)}"
 
 
 def _write(plan: AdapterImportPlan, options: ImportOptions) -> Path:

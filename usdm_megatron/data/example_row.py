@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from usdm_megatron.data.text_encoder import extended_tokenizer
 from usdm_megatron.data.token_runs import read_rows
 from usdm_megatron.data.token_store import StoreSummary, TokenStore
 from usdm_megatron.errors import DataError
 from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.tokenizer.identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.tokenizer.sentencepiece_bpe import tokenizer_json_from_sentencepiece
+from usdm_megatron.tokenizer.text_encoder import extended_tokenizer
 from usdm_megatron.vocab import TargetKind, Vocabulary
 
 _MOST_NUMBERS = 14  # of a run, on its line

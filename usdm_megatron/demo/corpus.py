@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from usdm_megatron.data.alignment import UNITS_PER_SECOND
+from usdm_megatron.corpora.alignment import UNITS_PER_SECOND
 from usdm_megatron.demo.settings import DEMO, DemoSettings
 from usdm_megatron.vocab import USDM_VOCABULARY
 

@@ -29,9 +29,7 @@ def load_model(directory: ModelDirectory) -> Any:
     family = family_of(read_json_object(directory.path / "config.json"))
     transformers.utils.logging.disable_progress_bar()
     model_class = getattr(transformers, family.transformers_class)
-    model = model_class.from_pretrained(  # nosec B615 - a local directory
-        directory.path, use_safetensors=True, local_files_only=True
-    )
+    model = model_class.from_pretrained(directory.path, use_safetensors=True, local_files_only=True)
     on_cuda = torch.cuda.is_available()
     return model.to("cuda" if on_cuda else "cpu", torch.bfloat16 if on_cuda else torch.float32).eval()
 

@@ -1,6 +1,6 @@
 """Units → transcript → reply text → reply units: the three steps of USDM's `src/inference.py`.
 
-Every step continues a prefix of the dialog template (`data/dialog.py`), never writes a range of ids, and
+Every step continues a prefix of the dialog template (`corpora/dialog.py`), never writes a range of ids, and
 ends at one token:
 
     step         the prompt ends with                    never writes           stops at
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from usdm_megatron.data.dialog import DialogTemplate, Exchange, Turn
+from usdm_megatron.corpora.dialog import DialogTemplate, Exchange, Turn
 from usdm_megatron.errors import DataError
 from usdm_megatron.reply.model_directory import ModelDirectory
 from usdm_megatron.vocab import CORRESPOND_TOKEN

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from usdm_megatron.architecture import HFArchitecture
-from usdm_megatron.data.text_encoder import TextEncoder, extended_tokenizer
 from usdm_megatron.errors import DataError
 from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.tokenizer.files import has_tokenizer, token_ids
+from usdm_megatron.tokenizer.text_encoder import TextEncoder, extended_tokenizer
 from usdm_megatron.vocab import CONTINUE_TOKEN, Vocabulary
 
 if TYPE_CHECKING:

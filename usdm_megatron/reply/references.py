@@ -1,6 +1,6 @@
 """What an SFT store says should be understood and answered: its samples, taken apart by their loss mask.
 
-Per exchange the template (`data/dialog.py`) has two runs of targets: the user's text with its line end,
+Per exchange the template (`corpora/dialog.py`) has two runs of targets: the user's text with its line end,
 and the agent's text, `<|correspond|>`, the agent's units and what stands before the last line end. All
 before the first run is the prompt; of a dialog of several turns, so are the turns before.
 """

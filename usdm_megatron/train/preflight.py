@@ -98,13 +98,7 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
         problems += _store_problems(store, config, facts)
         problems += _target_problems(store, config.task)
     if config.task == "sft" and config.recipe == "usdm":
-        problems += [
-            f"{store.prefix}: packs {store.summary.samples:,} dialogs into {store.rows:,} rows, and --recipe "
-            "usdm counts a batch in dialogs, one a row; preprocess with --packing none, or set what you want "
-            "of the recipe by its own flags under --recipe corrected"
-            for store in stores_of(train_store)
-            if store.summary.samples > store.rows
-        ]
+        problems += _packing_problems(train_store)
     if problems:
         raise ConfigError(*problems)
     # what core itself refuses (recomputation, mostly): now, not when the ranks build the model
@@ -211,6 +205,17 @@ def _target_problems(store: TokenStore, task: Task) -> list[str]:
             "preprocess again, with labels other than -100"
         ]
     return []
+
+
+def _packing_problems(rows: TrainRows) -> list[str]:
+    """Where a row is not one dialog, as the original's rows are."""
+    return [
+        f"{store.prefix}: packs {store.summary.samples:,} dialogs into {store.rows:,} rows, and --recipe "
+        "usdm counts a batch in dialogs, one a row; preprocess with --packing none, or set what you want of the "
+        "recipe by its own flags under --recipe corrected"
+        for store in stores_of(rows)
+        if store.summary.samples > store.rows
+    ]
 
 
 def _check_position(start: StartPoint, order: RowOrder, store: TrainRows) -> None:

@@ -1,0 +1,1 @@
+"""From speech units, text and dialogs to samples of token ids."""

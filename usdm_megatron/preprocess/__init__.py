@@ -1,0 +1,1 @@
+"""From samples and rows to token stores: parts, workers, packing, merging."""

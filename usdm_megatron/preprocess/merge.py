@@ -1,0 +1,345 @@
+"""Parts → stores: duplicates out, utterances into splits, samples into rows; then the parts may go."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from usdm_megatron.data.file_writing import check_free_space, remove_leftovers, reported, write_atomically
+from usdm_megatron.data.token_store import SourceFile, StoreSummary, TokenStore, token_dtype
+from usdm_megatron.data.token_store_writer import TokenStoreWriter
+from usdm_megatron.errors import DataError
+from usdm_megatron.preprocess.executors import Executor
+from usdm_megatron.preprocess.merged_samples import MergedSamples, Rejected, in_test_split, strict_error
+from usdm_megatron.preprocess.packing import Packing, pack
+from usdm_megatron.preprocess.part_files import Part, PartFiles, open_part
+from usdm_megatron.preprocess.parts_plan import (
+    PLAN_NAME,
+    PUBLISHED_NAME,
+    MergeOptions,
+    PartsPlan,
+    parts_directory,
+)
+from usdm_megatron.preprocess.sample_parts import read_source, sources_path
+
+_NAMED_PARTS = 10
+_INDEX_BYTES_PER_SAMPLE = 12
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The stores by prefix, and what did not come into them."""
+
+    summaries: dict[str, StoreSummary]
+    rejected: dict[str, int]  # by reason
+    report: Path | None  # None: whole rows, of which none is ever rejected
+
+
+def merge_parts(
+    output_prefix: str, executor: Executor, *, overwrite: bool = False, keep_parts: bool = False
+) -> MergeResult:
+    """Write the stores of `{output_prefix}.parts`, all together at the end or none, and remove the parts.
+
+    Raises `DataError` if parts are missing (named), damaged or empty, or a store is there already.
+    """
+    directory = parts_directory(output_prefix)
+    plan = PartsPlan.read(directory)
+    result = published_result(output_prefix, plan)
+    if result is None:
+        parts = _whole_parts(plan, directory, executor)
+        result = _publish(output_prefix, plan, parts, overwrite or was_publishing(output_prefix))
+    if not keep_parts:
+        _remove(directory)
+    return result
+
+
+def was_publishing(output_prefix: str) -> bool:
+    """Whether a run was killed while it gave several stores their names: what is there of them is its own."""
+    return _published_record(parts_directory(output_prefix)).get("stage") == "publishing"
+
+
+def store_names(plan: PartsPlan) -> list[str]:
+    """The splits that a plan gives, `['']` for a single store."""
+    return ["train", "test"] if plan.merge and plan.merge.split else list(plan.stores)
+
+
+def store_prefix(output_prefix: str, name: str) -> str:
+    return f"{output_prefix}_{name}" if name else output_prefix
+
+
+def published_result(output_prefix: str, plan: PartsPlan) -> MergeResult | None:
+    """What a run of this plan published that was killed, or told, before it removed the parts."""
+    record = _published_record(parts_directory(output_prefix))
+    if record.get("stage") != "published" or record.get("plan") != plan.id:
+        return None
+    summaries = {}
+    for name, identity in record["stores"].items():
+        prefix = store_prefix(output_prefix, name)
+        try:
+            opened = TokenStore.open(prefix)
+        except DataError:
+            return None  # removed since
+        if opened.identity != identity:
+            return None
+        summaries[prefix] = opened.summary
+    return MergeResult(summaries, dict(record["rejected"]), _report_path(output_prefix, plan))
+
+
+# --- what is there
+
+
+def _whole_parts(plan: PartsPlan, directory: Path, executor: Executor) -> dict[str, list[Part]]:
+    """Every part by store; reads all bytes, in the workers."""
+    found = [open_part(PartFiles(directory, number), plan.id) for number in range(plan.parts)]
+    absent = [PartFiles(directory, number).bin.name for number, part in enumerate(found) if part is None]
+    absent += [path.name for path in _source_paths(plan, directory) if not path.is_file()]
+    if absent:
+        raise _not_whole(directory, absent, "missing")
+    with closing(executor.map(_IsWhole(directory, plan.id), range(plan.parts))) as answers:
+        damaged = [PartFiles(directory, number).bin.name for number, whole in enumerate(answers) if not whole]
+    if damaged:
+        raise _not_whole(directory, damaged, "damaged")
+    whole = iter([part for part in found if part is not None])
+    return {name: [next(whole) for _ in range(store.parts)] for name, store in plan.stores.items()}
+
+
+def _source_paths(plan: PartsPlan, directory: Path) -> list[Path]:
+    count = sum(len(store.file_groups()) for store in plan.stores.values())
+    return [sources_path(directory, number) for number in range(count)]
+
+
+def _not_whole(directory: Path, names: Sequence[str], what: str) -> DataError:
+    more = f" and {len(names) - _NAMED_PARTS} more" if len(names) > _NAMED_PARTS else ""
+    return DataError(
+        f"{directory}: {', '.join(names[:_NAMED_PARTS])}{more} {what}; run the command that makes the parts "
+        "again (with every --shard i/n, or with none): it makes only what is missing or damaged"
+    )
+
+
+@dataclass(frozen=True)
+class _IsWhole:
+    directory: Path
+    plan_id: str
+
+    def __call__(self, number: int) -> bool:
+        part = open_part(PartFiles(self.directory, number), self.plan_id)
+        return part is not None and part.is_whole()
+
+
+# --- what is to be written
+
+
+@dataclass(frozen=True)
+class _Store:
+    """A store that is decided on but not written."""
+
+    name: str  # split, '' for the only one
+    origin: str  # whose parts it is made of: another name where samples are split
+    samples: int
+    tokens: int
+    append_to: Callable[[TokenStoreWriter], None]
+    with_loss_mask: bool = False
+
+
+def _row_store(name: str, parts: Sequence[Part]) -> _Store:
+    def append_to(writer: TokenStoreWriter) -> None:
+        for part in parts:
+            found = part.arrays
+            writer.append(found["tokens"], found["sample_lengths"], found["samples_per_row"])
+
+    samples = sum(len(part.arrays["sample_lengths"]) for part in parts)
+    return _Store(name, name, samples, sum(len(part.arrays["tokens"]) for part in parts), append_to)
+
+
+def _sample_stores(
+    name: str, parts: list[Part], plan: PartsPlan, options: MergeOptions, rejected: Rejected
+) -> list[_Store]:
+    samples = MergedSamples.of(parts)
+    kept = samples.without_duplicates(plan.id_rule, rejected)
+    if options.strict and rejected.listed:
+        raise strict_error(rejected.listed, rejected.by_reason.total())
+    if not len(kept):
+        raise DataError("the input gives no sample", *rejected.named())
+    chosen = {name: kept}
+    if options.split is not None:
+        is_test = in_test_split(samples.utterances[kept], options.split[1], options.seed)
+        chosen = dict(zip(store_names(plan), (kept[~is_test], kept[is_test]), strict=True))
+    return [
+        _Store(
+            split,
+            name,
+            len(indices),
+            int(samples.lengths[indices].sum(dtype=np.int64)),
+            _packer(samples, indices, plan.seq_length, options),
+            samples.have_loss_mask,
+        )
+        for split, indices in chosen.items()
+    ]
+
+
+def _packer(
+    samples: MergedSamples, indices: np.ndarray, seq_length: int, options: MergeOptions
+) -> Callable[[TokenStoreWriter], None]:
+    def append_to(writer: TokenStoreWriter) -> None:
+        lengths, groups = samples.lengths[indices], samples.groups[indices]
+        packing = pack(lengths, seq_length, method=options.packing, groups=groups, seed=options.seed)
+        samples.append_rows(writer, Packing(indices[packing.order], packing.row_starts))
+
+    return append_to
+
+
+# --- writing
+
+
+def _publish(
+    output_prefix: str, plan: PartsPlan, parts: dict[str, list[Part]], overwrite: bool
+) -> MergeResult:
+    rejected = Rejected()
+    stores: list[_Store] = []
+    for name, some in parts.items():
+        if plan.merge is None:
+            stores.append(_row_store(name, some))
+        else:
+            rejected.add_parts(some)
+            stores += _sample_stores(name, some, plan, plan.merge, rejected)
+    _check_space(output_prefix, plan, stores)
+    summaries = _write(output_prefix, plan, parts, stores, overwrite, rejected)
+    report = _report_path(output_prefix, plan)
+    if report is not None:
+        with reported(report):
+            remove_leftovers(report.parent, {report.name})
+            write_atomically(report, _report_json(plan, summaries, rejected))
+    _record_stage(output_prefix, plan, "published", summaries, rejected)
+    return MergeResult(
+        {store_prefix(output_prefix, name): summary for name, summary in summaries.items()},
+        dict(rejected.by_reason),
+        report,
+    )
+
+
+def _write(
+    output_prefix: str,
+    plan: PartsPlan,
+    parts: dict[str, list[Part]],
+    stores: list[_Store],
+    overwrite: bool,
+    rejected: Rejected,
+) -> dict[str, StoreSummary]:
+    """Write all stores, then publish them; their summaries by name."""
+    sources = _sources(plan, parts_directory(output_prefix))
+    summaries = {}
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                TokenStoreWriter(
+                    store_prefix(output_prefix, store.name),
+                    plan.vocabulary,
+                    row_capacity=plan.seq_length,
+                    overwrite=overwrite,
+                    with_loss_mask=store.with_loss_mask,
+                )
+            )
+            for store in stores
+        ]
+        for store, writer in zip(stores, writers, strict=True):
+            store.append_to(writer)
+            summaries[store.name] = writer.finish(
+                tokenizer_sha256=plan.tokenizer_sha256,
+                sources=sources[store.origin],
+                options=plan.store_options,
+                notices=total_counts(part.facts["notices"] for part in parts[store.origin]),
+            )
+        _record_stage(output_prefix, plan, "publishing", summaries, rejected)
+    return summaries
+
+
+def total_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of counts by name, names in the order in which they first come."""
+    total: Counter[str] = Counter()
+    for some in counts:
+        total.update(some)
+    return dict(total)
+
+
+def _sources(plan: PartsPlan, directory: Path) -> dict[str, list[SourceFile]]:
+    paths = iter(_source_paths(plan, directory))
+    return {
+        name: [read_source(next(paths), plan.id) for _ in store.file_groups()]
+        for name, store in plan.stores.items()
+    }
+
+
+def _check_space(output_prefix: str, plan: PartsPlan, stores: Sequence[_Store]) -> None:
+    token_bytes = token_dtype(plan.vocabulary).itemsize
+    needed = sum(
+        store.tokens * (token_bytes + store.with_loss_mask)
+        + store.samples * _INDEX_BYTES_PER_SAMPLE * (1 + store.with_loss_mask)
+        for store in stores
+    )
+    check_free_space(parts_directory(output_prefix).parent, needed, "the store")
+
+
+def _report_path(output_prefix: str, plan: PartsPlan) -> Path | None:
+    return None if plan.merge is None else Path(f"{output_prefix}_report.json")
+
+
+def _report_json(plan: PartsPlan, summaries: Mapping[str, StoreSummary], rejected: Rejected) -> bytes:
+    record = {
+        "options": plan.store_options,
+        "stores": {
+            name: {
+                "rows": summary.rows,
+                "samples": summary.samples,
+                "tokens": summary.tokens,
+                "fill": summary.fill,
+            }
+            for name, summary in summaries.items()
+        },
+        "rejected": {"total": rejected.by_reason.total(), "by_reason": dict(rejected.by_reason)},
+        "listed": [asdict(one) for one in rejected.listed],  # the first LISTED_REJECTIONS
+    }
+    return json.dumps(record, indent=1).encode() + b"\n"
+
+
+# --- what a killed run left
+
+
+def _record_stage(
+    output_prefix: str, plan: PartsPlan, stage: str, summaries: Mapping[str, StoreSummary], rejected: Rejected
+) -> None:
+    record = {
+        "stage": stage,
+        "plan": plan.id,
+        "stores": {name: summary.identity for name, summary in summaries.items()},
+        "rejected": dict(rejected.by_reason),
+    }
+    path = parts_directory(output_prefix) / PUBLISHED_NAME
+    with reported(path):
+        write_atomically(path, json.dumps(record).encode())
+
+
+def _published_record(directory: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((directory / PUBLISHED_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _remove(directory: Path) -> None:
+    """Remove the parts; the record that all is published goes last: a rerun then has nothing to do."""
+    last = [directory / PLAN_NAME, directory / PUBLISHED_NAME]
+    with reported(directory):
+        for path in sorted(directory.iterdir()):
+            if path not in last:
+                path.unlink()
+        for path in last:
+            path.unlink(missing_ok=True)
+        directory.rmdir()

@@ -211,8 +211,8 @@ def _packing_problems(rows: TrainRows) -> list[str]:
     """Where a row is not one dialog, as the original's rows are."""
     return [
         f"{store.prefix}: packs {store.summary.samples:,} dialogs into {store.rows:,} rows, and --recipe "
-        "usdm counts a batch in dialogs, one a row; preprocess with --packing none, or set what you want of the "
-        "recipe by its own flags under --recipe corrected"
+        "usdm counts a batch in dialogs, one a row; preprocess with --packing none, or set what you want of "
+        "the recipe by its own flags under --recipe corrected"
         for store in stores_of(rows)
         if store.summary.samples > store.rows
     ]

@@ -56,6 +56,7 @@ setup(
         "wandb": ["wandb"],
         "plot": ["matplotlib"],
         "demo": DEMO,
+        "bench": ["numba"],  # compiles the original's packing, which benchmarks/packing.py compares with
         "dev": [
             *DEMO,
             "bandit",

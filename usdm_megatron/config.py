@@ -17,6 +17,7 @@ import tyro
 
 from usdm_megatron.blend_config import WeightedStore, blend_problems, parse_blend
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.recipes import DEFAULT_RECIPE, RecipeName, Task, recipe_fields
 
 CoreAttention = Literal["auto", "te", "flash", "torch"]
@@ -245,6 +246,40 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters that train over the frozen model; without --lora all weights train."""
+
+    enabled: Annotated[bool, tyro.conf.arg(name="lora")] = False
+    """train adapters over the frozen model instead of all weights"""
+    r: Annotated[int, tyro.conf.arg(name="lora-r")] = 8
+    """rank of an adapter"""
+    alpha: Annotated[float, tyro.conf.arg(name="lora-alpha")] = 64.0
+    """what an adapter adds is scaled by alpha / r (default of sft: 16)"""
+    dropout: Annotated[float, tyro.conf.arg(name="lora-dropout")] = 0.1
+    """share of an adapter's inputs that is dropped in training"""
+    target_modules: Annotated[tuple[str, ...], tyro.conf.arg(name="lora-target-modules")] = ("q_proj", "v_proj")
+    """projections that get an adapter: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"""
+    train_new_embeddings: bool = _RECIPE["lora"]["train_new_embeddings"]
+    """train the embedding and output rows of the speech ids too (recipe)"""
+
+    @property
+    def spec(self) -> LoraSpec | None:
+        """What trains instead of all weights; None: nothing does."""
+        return self._adapters() if self.enabled else None
+
+    def problems(self) -> list[str]:
+        try:
+            self._adapters()
+        except ConfigError as error:
+            return list(error.problems)
+        return []
+
+    def _adapters(self) -> LoraSpec:
+        targets = frozenset(self.target_modules)
+        return LoraSpec(self.r, self.alpha, self.dropout, targets, self.train_new_embeddings)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Where weights come from and where the run is kept."""
 
@@ -253,7 +288,7 @@ class CheckpointConfig:
     save: str | None = None
     """run directory: checkpoints, metrics, resolved configuration"""
     pretrained_checkpoint: str | None = None
-    """weights only, used when --load holds nothing yet"""
+    """weights only, used when --load holds nothing yet; beside a LoRA run in --load, where its base is now"""
     ckpt_step: int | Literal["best"] | None = None
     """which checkpoint of --pretrained-checkpoint, or without one of --load, instead of the newest"""
     exit_on_missing_checkpoint: bool = False
@@ -306,6 +341,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -316,6 +352,7 @@ class RunConfig:
             "data": self.data,
             "optimizer": self.optimizer,
             "training": self.training,
+            "lora": self.lora,
             "checkpoint": self.checkpoint,
             "logging": self.logging,
         }

@@ -22,6 +22,8 @@ _DIFFERENCES: dict[tuple[str, str], tuple[Any, Any]] = {
     ("optimizer", "clip_grad"): (0.0, 1.0),
     # weight decay on RMSNorm weights
     ("optimizer", "decay_norms"): (True, False),
+    # of LoRA: whether the rows of the speech ids, random in a freshly extended model, train too
+    ("lora", "train_new_embeddings"): (False, True),
 }
 
 
@@ -38,6 +40,7 @@ def recipe_fields(recipe: RecipeName) -> dict[str, dict[str, Any]]:
 # is 2 rows x 4 accumulated on each process, the 8 rows of `--global-batch-size` on one.
 _SFT_FIELDS: dict[str, dict[str, Any]] = {
     "data": {"micro_batch_size": 2, "shuffle": True, "row_padding": "step"},
+    "lora": {"alpha": 16.0},
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import tiny
 from usdm_megatron.checkpoint.adapter_facts import AdapterFacts
 from usdm_megatron.checkpoint.facts import copy_facts, megatron_common, read_facts
 from usdm_megatron.checkpoint.streamed import StreamedTensor, save_streamed
@@ -22,6 +23,12 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     """Values that depend on the name alone, so that no two factors are alike; none is zero."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return (0.2 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def small_base(directory: Path, **changes: Any) -> Path:
+    """A tiny model `directory/hf` and its checkpoint `directory/base/release`; returns the latter."""
+    hf = tiny.write_hf_model(directory / "hf", num_hidden_layers=2, **changes)
+    return tiny.write_checkpoint(hf, directory / "base") / "release"
 
 
 def write_adapter(root: Path, base: Path, spec: LoraSpec, dtype: torch.dtype = torch.float32) -> Path:

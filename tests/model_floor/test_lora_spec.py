@@ -67,6 +67,7 @@ def test_new_embeddings_need_new_ids() -> None:
 
 
 def test_names_both_ways() -> None:
+    assert tuple(projection.target for projection in names.PROJECTIONS) == TARGETS
     for entry in names.adapter_entries(TARGETS, MODEL, train_new_embeddings=True):
         for layer in entry.layers(MODEL):
             module_name = entry.core_key.replace("layers.", f"layers.{layer}.")

@@ -14,6 +14,7 @@ from usdm_megatron.config import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -67,6 +68,7 @@ def run_config(
     data: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
 ) -> RunConfig:
     """A configuration for tests: the recipe's fields, then the given ones; none of the task's defaults."""
@@ -79,6 +81,7 @@ def run_config(
         data=DataConfig(**{"seq_length": 64, "global_batch_size": 4, **(data or {})}),
         optimizer=OptimizerConfig(**{"lr": 1e-3, **fields["optimizer"], **(optimizer or {})}),
         training=TrainingConfig(**{**fields["training"], **(training or {})}),
+        lora=LoraConfig() if lora is None else LoraConfig(**{"enabled": True, **fields["lora"], **lora}),
         checkpoint=CheckpointConfig(**(checkpoint or {})),
         logging=LoggingConfig(log_interval=1000),
     )

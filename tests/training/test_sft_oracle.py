@@ -134,12 +134,13 @@ def fine_tune(layout: Layout, tiny_model: Any, stores: Stores, run: Path, **sect
             "row_padding": "step",
         },
         optimizer={"lr": LR},
-        training={"num_train_epochs": EPOCHS},
+        training={"num_train_epochs": EPOCHS, **sections.pop("training", {})},
         checkpoint={
             "save": str(run),
             "pretrained_checkpoint": str(tiny_model.root),
             **sections.pop("checkpoint", {}),
         },
+        **sections,
     )
     results = run_ranks(layout.ranks, jobs.train, config)
     assert [result["code"] for result in results] == [0] * layout.ranks

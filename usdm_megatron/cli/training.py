@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from usdm_megatron.cli.entry import is_main_rank
-from usdm_megatron.config import RunConfig
+from usdm_megatron.config import LoraConfig, RunConfig
 from usdm_megatron.config_file import dump_config, layered_defaults, read_config_file, section_types
 from usdm_megatron.errors import EXIT_DONE, ConfigError
 from usdm_megatron.recipes import RecipeName, Task
@@ -99,6 +99,7 @@ class TrainingCommand:
             default=flags(invocation=early, **sections),
             console_outputs=is_main_rank(),  # every rank refuses, one of them says why
         )
+        _check_lora_is_on(parsed.lora, sections["lora"])
         chosen = {name: _without_overruled(name, getattr(parsed, name), tree) for name in section_types()}
         return parsed.invocation, RunConfig(task=self.task, recipe=recipe, **chosen)  # type: ignore[arg-type]
 
@@ -124,6 +125,16 @@ def _check_rank_counts(invocation: Invocation) -> None:
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def _check_lora_is_on(given: LoraConfig, default: LoraConfig) -> None:
+    """Adapter flags without --lora would do nothing, without a word."""
+    if given.enabled or replace(given, enabled=default.enabled) == default:
+        return
+    changed = [name for name, value in asdict(given).items() if value != getattr(default, name)]
+    raise ConfigError(
+        f"lora: {', '.join(changed)} set, and --lora is not; add --lora, or drop what belongs to it"
+    )
 
 
 # of these at most one is given; the command line's own beats the file's
@@ -184,6 +195,7 @@ def _dry_run(config: RunConfig, invocation: Invocation) -> int:
             f"  warm-up     {plan.schedule.warmup_steps} steps, then {plan.schedule.style} to "
             f"{plan.schedule.min_lr}\n"
             f"  attention   {plan.backend}"
+            + ("" if plan.start.lora is None else f"\n  LoRA base   {plan.start.lora.base}")
         )
     return 0
 

@@ -93,7 +93,8 @@ def spec_of(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary, *, ti
                 r=config["r"],
                 alpha=float(config["lora_alpha"]),
                 dropout=float(config["lora_dropout"]),
-                targets=frozenset(config["target_modules"]),
+                # a name may be a module's whole path; which layers have it, its tensors tell
+                targets=frozenset(name.rpartition(".")[2] for name in config["target_modules"]),
                 train_new_embeddings=indices is not None,
             )
         except ConfigError as error:

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from usdm_megatron.data.token_store import SourceFile
 from usdm_megatron.errors import DataError
@@ -73,6 +73,8 @@ class PackedTextSource(RowSource):
 
 class CacheSource(RowSource):
     """One `datasets.Dataset` on disk; `name` says which in messages, e.g. `cache train`."""
+
+    is_memory: ClassVar[bool] = True
 
     def __init__(self, dataset: datasets.Dataset, directory: Path, name: str) -> None:
         check_id_column(dataset.data.schema, len(dataset), name)

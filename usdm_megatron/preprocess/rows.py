@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -31,6 +31,9 @@ class RowSource(Protocol):
 
     Sources, parts and blocks can be pickled.
     """
+
+    is_memory: ClassVar[bool] = False
+    """Whether the rows lie in a memory map as they are: then it takes longer to fetch them from a worker."""
 
     def files(self) -> list[tuple[str, Path]]:
         """The files the rows come from, as (name relative to the input, path)."""

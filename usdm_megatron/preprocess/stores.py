@@ -140,7 +140,8 @@ def _write_in_order(
     given: Input, source: RowSource, writer: TokenStoreWriter, plan: PartsPlan, work: WorkOptions
 ) -> StoreSummary:
     rows_without_bos = 0
-    blocks = work.executor.map(RowCutter(source, plan.vocabulary), given.parts)
+    executor = SerialExecutor() if source.is_memory else work.executor
+    blocks = executor.map(RowCutter(source, plan.vocabulary), given.parts)
     with SourceHasher(given.files) as hasher, closing(blocks):
         for done, block in enumerate(blocks, 1):
             writer.append(block.tokens, block.sample_lengths, block.samples_per_row, block.place)

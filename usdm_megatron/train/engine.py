@@ -18,7 +18,10 @@ from usdm_megatron.vocab import Vocabulary
 
 @dataclass(frozen=True)
 class Engine:
-    """`models` are the bare chunks (for checkpoints), `step` and `optimizer` work on their wrappers."""
+    """`models` are the bare chunks (for checkpoints), `step` and `optimizer` work on their wrappers.
+
+    `parameters` counts this rank's, frozen ones too.
+    """
 
     models: list[Any]
     wrapped: list[Any]
@@ -37,7 +40,9 @@ def build_engine(
     """This rank's model (uninitialised: load weights next), optimizer and step."""
     dtype = weight_dtype(config.training.bf16)
     core_config = build_transformer_config(architecture, config.parallel, dtype=dtype)
-    models = build_model_chunks(core_config, architecture, vocabulary, groups, backend)
+    models = build_model_chunks(
+        core_config, architecture, vocabulary, groups, backend, lora=config.lora.spec, seed=config.training.seed
+    )
     wrapped = wrap_chunks(models, config.parallel, groups)
     step = PipelineStep(
         wrapped,

@@ -28,13 +28,23 @@ class FlopCounter:
     peak_tflops: float | None
 
     @classmethod
-    def of(cls, architecture: HFArchitecture, vocabulary_size: int, device_name: str) -> FlopCounter:
-        """Multiply-adds count two; the backward pass twice the forward; recomputation not at all."""
+    def of(
+        cls,
+        architecture: HFArchitecture,
+        vocabulary_size: int,
+        device_name: str,
+        adapter_parameters: int | None = None,
+    ) -> FlopCounter:
+        """Multiply-adds count two; the backward pass twice the forward; recomputation not at all.
+
+        With LoRA (`adapter_parameters`, rows of new ids left out) a frozen weight has no gradient of its own.
+        """
         a = architecture
         attention = a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
         linear = a.layers * (attention + 3 * a.hidden * a.ffn) + a.hidden * vocabulary_size
         peak = next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
-        return cls(per_token=6.0 * linear, per_pair=12.0 * a.layers * a.heads * a.head_dim, peak_tflops=peak)
+        per_token = 6.0 * linear if adapter_parameters is None else 4.0 * linear + 6.0 * adapter_parameters
+        return cls(per_token=per_token, per_pair=12.0 * a.layers * a.heads * a.head_dim, peak_tflops=peak)
 
     def tflops(self, work: StepWork) -> float:
         return (self.per_token * work.tokens + self.per_pair * work.attention_pairs) / 1e12

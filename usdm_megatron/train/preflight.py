@@ -88,6 +88,11 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
             f"{architecture.max_positions} positions "
             f"(max_position_embeddings); lower --seq-length"
         )
+    if config.lora.enabled and config.lora.train_new_embeddings and not facts.vocabulary.has_speech:
+        problems.append(
+            f"lora: {start.directory} has no speech ids whose rows could train; extend its vocabulary when it is "
+            "converted (import --extend-vocab usdm), or give --no-train-new-embeddings"
+        )
     if config.checkpoint.keep_best and valid_store is None:
         problems.append("checkpoint: --keep-best compares evaluation losses; give --valid-data-path")
     if config.logging.wandb_project is not None and not importlib.util.find_spec("wandb"):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from usdm_megatron.runtime.process_groups import ProcessGroups
     from usdm_megatron.train.loop import Loop
+    from usdm_megatron.train.lora_start import LoraStart
     from usdm_megatron.train.preemption import StopRequest
     from usdm_megatron.train.preflight import RunPlan
 
@@ -149,7 +150,7 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
     run = Path(config.checkpoint.save or "")
     seed_rank(config.training.seed, groups.coordinates)
     engine = build_engine(config, plan.architecture, plan.facts.vocabulary, groups, plan.backend)
-    checkpoints = RunCheckpoints(config, plan.facts, engine.models, engine.optimizer, groups)
+    checkpoints = RunCheckpoints(config, plan.facts, engine.models, engine.optimizer, groups, start.lora)
     checkpoints.load(start)
 
     def prepare_directory() -> None:
@@ -167,6 +168,8 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
         start_step=start.step,
     )
     stack.callback(reporter.close)
+    if start.lora is not None:
+        _announce_lora(plan, start.lora, _sum_over_ranks(engine.optimizer.state_bytes(), groups), reporter)
     _announce(plan, engine.parameters, groups, reporter)
     state = start.state or TrainState(
         task=config.task, step=0, consumed_rows=0, train_store=plan.train_store.identity, layout={}
@@ -193,6 +196,7 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
             plan.architecture,
             plan.facts.vocabulary.size,
             torch.cuda.get_device_name() if groups.device.type == "cuda" else "cpu",
+            adapter_parameters=_adapter_parameters(plan),
         ),
         reporter=reporter,
         save=checkpoints.save,
@@ -230,6 +234,7 @@ def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: A
         f"{field}={getattr(getattr(config, section), field)}"
         for section, fields in recipe_fields(config.recipe).items()
         for field in fields
+        if section != "lora" or config.lora.enabled
     )
     precision = "bf16" if config.training.bf16 else "fp32"
     reporter.say(
@@ -257,6 +262,37 @@ def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: A
         reporter.event(plan.start.step, "resume", path=str(plan.start.directory))
     else:
         reporter.event(0, "start", path=str(plan.start.directory))
+
+
+def _announce_lora(plan: RunPlan, lora: LoraStart, optimizer_bytes: int, reporter: Any) -> None:
+    from usdm_megatron.train.lora_start import frozen_rows_warning, trainable_parameters
+
+    spec = lora.facts.spec
+    trainable = trainable_parameters(spec, plan.architecture, plan.facts.vocabulary)
+    reporter.event(
+        plan.start.step, "lora", base=str(lora.base), trainable_parameters=trainable, optimizer_bytes=optimizer_bytes
+    )
+    if (warning := frozen_rows_warning(lora)) is not None:
+        reporter.event(plan.start.step, "warning", why=warning)
+
+
+def _adapter_parameters(plan: RunPlan) -> int | None:
+    """Those of A and B; None when all weights train."""
+    from usdm_megatron.train.lora_start import trainable_parameters
+
+    if (spec := plan.config.lora.spec) is None:
+        return None
+    factors = dataclasses.replace(spec, train_new_embeddings=False)
+    return trainable_parameters(factors, plan.architecture, plan.facts.vocabulary)
+
+
+def _sum_over_ranks(count: int, groups: ProcessGroups) -> int:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(count, dtype=torch.int64, device=groups.device)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def _peak_memory_gib(device: str) -> Any:

@@ -1,4 +1,7 @@
-"""A run's checkpoints: model, optimizer and random state to disk and back, at any layout."""
+"""A run's checkpoints: model, optimizer and random state to disk and back, at any layout.
+
+A LoRA run's hold its adapter and the adapter's optimizer alone; the base is loaded from where it lies.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from usdm_megatron.checkpoint.store import SavedCheckpoint, load_sharded, save_c
 from usdm_megatron.config import RunConfig
 from usdm_megatron.config_file import dump_config
 from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.model.lora.state import adapter_part, base_part, load_adapter, load_base
 from usdm_megatron.runtime.process_groups import ProcessGroups
 from usdm_megatron.runtime.random_state import get_random_state, set_random_state
+from usdm_megatron.train.lora_start import LoraStart
 from usdm_megatron.train.optimizer import AdamW
 from usdm_megatron.train.start import RUN_CONFIG_FILE, StartPoint, TrainState
 
@@ -36,7 +41,9 @@ class RunCheckpoints:
         chunks: list[Any],
         optimizer: AdamW,
         groups: ProcessGroups,
+        lora: LoraStart | None,
     ) -> None:
+        self._lora = lora
         self._config = config
         self._facts = facts
         self._chunks = chunks
@@ -72,15 +79,24 @@ class RunCheckpoints:
 
     def load(self, start: StartPoint) -> None:
         """Continue a run exactly, or take weights alone."""
-        if start.state is None:
-            self._load_weights(start.directory)
-        else:
+        if self._lora is not None:
+            self._load_base(self._lora.base)
+        if start.state is not None:
             self._load_run(start.directory, start.state)
+            return
+        if self._lora is None or self._lora.has_adapter:
+            self._load_weights(start.directory)
+        self._optimizer.reload_masters()
+
+    def _load_base(self, directory: Path) -> None:
+        state = {name: base_part(chunk) for name, chunk in self._sharded_chunks().items()}
+        loaded = load_sharded(directory, {"model": state}, strict="requested", cast=True)
+        for index, chunk in enumerate(self._chunks):
+            load_base(chunk, loaded["model"][f"chunk_{index}"])
 
     def _load_weights(self, directory: Path) -> None:
         loaded = load_sharded(directory, {"model": self._model_state()}, strict="requested", cast=True)
         self._take_model(loaded["model"])
-        self._optimizer.reload_masters()
 
     def _load_run(self, directory: Path, state: TrainState) -> None:
         model = self._model_state()
@@ -100,12 +116,20 @@ class RunCheckpoints:
             set_random_state(states[self._groups.rank])
         # at another layout, or on another kind of device, they mean nothing: the run goes on from its seed
 
-    def _model_state(self) -> dict[str, Any]:
+    def _sharded_chunks(self) -> dict[str, Any]:
         return {f"chunk_{index}": chunk.sharded_state_dict() for index, chunk in enumerate(self._chunks)}
+
+    def _model_state(self) -> dict[str, Any]:
+        """What this run's checkpoints hold of the model."""
+        chunks = self._sharded_chunks()
+        return chunks if self._lora is None else {name: adapter_part(chunk) for name, chunk in chunks.items()}
 
     def _take_model(self, loaded: dict[str, Any]) -> None:
         for index, chunk in enumerate(self._chunks):
-            chunk.load_state_dict(loaded[f"chunk_{index}"], strict=True)
+            if self._lora is None:
+                chunk.load_state_dict(loaded[f"chunk_{index}"], strict=True)
+            else:
+                load_adapter(chunk, loaded[f"chunk_{index}"])
 
     def _random_state_shard(self) -> Any:
         from megatron.core.dist_checkpointing import ShardedTensor
@@ -117,6 +141,8 @@ class RunCheckpoints:
 
     def _write_facts(self, directory: Path, state: TrainState) -> None:
         copy_facts(self._facts, directory)
+        if self._lora is not None:
+            self._lora.facts.write(directory)
         (directory / RUN_CONFIG_FILE).write_text(dump_config(self._config), encoding="utf-8")
         state.write(directory)
 

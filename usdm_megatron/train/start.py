@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from usdm_megatron.config import CheckpointConfig, RunConfig
 from usdm_megatron.config_file import load_config
 from usdm_megatron.errors import CheckpointError, ConfigError
 from usdm_megatron.recipes import Task
+from usdm_megatron.train.lora_start import LoraStart, find_lora_start
 
 RUN_CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
@@ -25,6 +26,7 @@ _FIXED_ON_RESUME: dict[str, tuple[str, ...]] = {
     "optimizer": ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "weight_decay",
                   "decay_norms", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps"),
     "training": ("seed", "bf16", "train_sample_boundaries", "loss_reduction"),
+    "lora": ("enabled",),  # the rest of it is compared with the adapter itself
 }  # fmt: skip
 
 
@@ -54,10 +56,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StartPoint:
-    """The checkpoint that a run begins from; `state` only when it continues a run."""
+    """The checkpoint that a run begins from; `state` only when it continues a run, `lora` only with LoRA."""
 
     checkpoint: ResolvedCheckpoint
     state: TrainState | None
+    lora: LoraStart | None = None
 
     @property
     def directory(self) -> Path:
@@ -71,9 +74,16 @@ class StartPoint:
 def find_start(config: RunConfig) -> StartPoint:
     """Resolve `--load` / `--pretrained-checkpoint`; reads every byte of the chosen checkpoint.
 
+    With LoRA it may hold whole weights, which become the base, or an adapter, which trains on over the base
+    that it records: the checkpoint itself, or wherever `--pretrained-checkpoint` has it.
     Raises `CheckpointError` or `ConfigError` when there is nothing to start from, or what is there
     belongs to another run.
     """
+    start = _find_checkpoint(config)
+    return replace(start, lora=find_lora_start(config, start.directory, resumes=start.state is not None))
+
+
+def _find_checkpoint(config: RunConfig) -> StartPoint:
     checkpoint = config.checkpoint
     check_save_directory(checkpoint)
     if checkpoint.load is not None and has_checkpoint(Path(checkpoint.load)):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from usdm_megatron.config import LossReduction
 from usdm_megatron.data.batch import PackedBatch
+from usdm_megatron.model.lora.new_rows import sum_tied_rows
 from usdm_megatron.model.loss import LossRecord, count_by_kind, packed_cross_entropy, predicted_ids
 from usdm_megatron.model.packed_sequence import RopeTable
 from usdm_megatron.runtime.process_groups import ProcessGroups
@@ -94,8 +95,7 @@ class PipelineStep:
         self._vocabulary_size = vocabulary.size
         self._kind_of_id = torch.from_numpy(vocabulary.kind_of_id()).to(groups.device)
         self._schedule = get_forward_backward_func()
-        config = chunks[0].config
-        config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
+        chunks[0].config.finalize_model_grads_func = self._finalize_gradients
 
     def train(
         self,
@@ -225,6 +225,11 @@ class PipelineStep:
             micro_batch_size=1,  # micro-batch rows are flattened into one
             forward_only=forward_only,
         )
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Core's, then what it does not know of: rows that the first and the last stage train together."""
+        finalize_model_grads(*args, **{**kwargs, "pg_collection": self._groups.collection})
+        sum_tied_rows(self._bare_chunks, self._groups.collection.embd)
 
     def _once(self, totals: Tensor) -> Tensor:
         """Tensor parallel ranks of the last stage all hold the same totals: count the first's."""

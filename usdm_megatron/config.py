@@ -257,7 +257,10 @@ class LoraConfig:
     """what an adapter adds is scaled by alpha / r (default of sft: 16)"""
     dropout: Annotated[float, tyro.conf.arg(name="lora-dropout")] = 0.1
     """share of an adapter's inputs that is dropped in training"""
-    target_modules: Annotated[tuple[str, ...], tyro.conf.arg(name="lora-target-modules")] = ("q_proj", "v_proj")
+    target_modules: Annotated[tuple[str, ...], tyro.conf.arg(name="lora-target-modules")] = (
+        "q_proj",
+        "v_proj",
+    )
     """projections that get an adapter: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"""
     train_new_embeddings: bool = _RECIPE["lora"]["train_new_embeddings"]
     """train the embedding and output rows of the speech ids too (recipe)"""

@@ -19,6 +19,7 @@ from usdm_megatron.config import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -33,6 +34,7 @@ from usdm_megatron.config_file import (
     section_types,
 )
 from usdm_megatron.errors import ConfigError
+from usdm_megatron.lora_spec import TARGETS
 from usdm_megatron.recipes import RecipeName, Task, recipe_fields, task_fields
 
 DIFFERENCES = {
@@ -83,6 +85,10 @@ def sections() -> dict[str, st.SearchStrategy[Any]]:
             "adam_beta2": SHARE,
         },
         TrainingConfig: {"train_samples": st.none(), "num_train_epochs": st.none(), "seed": st.integers()},
+        LoraConfig: {
+            "dropout": st.floats(0, 0.99),
+            "target_modules": st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(tuple),
+        },
         CheckpointConfig: {},
         LoggingConfig: {},
     }

@@ -107,18 +107,23 @@ def test_speakers_take_turns(corpus_directory: Path) -> None:
 
 
 def test_no_sentence_is_said_twice(tmp_path: Path, corpus_directory: Path) -> None:
-    crowded = dataclasses.replace(  # 900 sentences of two words: chance alone would repeat them
+    crowded = dataclasses.replace(  # of 400 sentences of two words: chance alone would repeat them
         DEMO,
-        utterances=300,
+        utterances=150,
         short_utterance_words=(2, 2),
         long_utterance_share=0.0,
-        dialogs=50,
+        dialogs=20,
         dialog_words=(2, 2),
     )
     for directory in (corpus_directory, write_demo_corpus(tmp_path / "corpus", crowded)):
         said = [" ".join(word.text for word in utterance.words) for utterance in utterances(directory)]
         said += [text for turns in dialog_texts(directory) for text in turns]
-        assert len(set(said)) == len(said) > 400
+        assert len(set(said)) == len(said) > 180
+
+
+def test_too_few_words_for_so_many_sentences_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no new one of 1 to 1 words"):
+        write_demo_corpus(tmp_path / "corpus", dataclasses.replace(DEMO, short_utterance_words=(1, 1)))
 
 
 def test_the_same_settings_write_the_same_bytes(tmp_path: Path) -> None:

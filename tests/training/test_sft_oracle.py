@@ -133,7 +133,7 @@ def fine_tune(layout: Layout, tiny_model: Any, stores: Stores, run: Path, **sect
             "shuffle": True,
             "row_padding": "step",
         },
-        optimizer={"lr": LR},
+        optimizer={"lr": LR, **sections.pop("optimizer", {})},
         training={"num_train_epochs": EPOCHS, **sections.pop("training", {})},
         checkpoint={
             "save": str(run),

@@ -28,12 +28,12 @@ from usdm_megatron.vocab import USDM_VOCABULARY
 WORDS = (  # each is one token of Mistral's
     "river", "stone", "cloud", "garden", "winter", "summer", "window", "yellow", "silver", "market",
     "dinner", "morning", "evening", "music", "letter", "doctor", "school", "flower", "forest", "mountain",
-    "island", "bridge", "train", "station", "kitchen", "table", "paper", "story", "picture", "water",
 )
 # fmt: on
 UTTERANCES = "speech.jsonl"
 DIALOGS = "dialogs.jsonl"
 SPEAKERS = ("user", "agent")
+_MOST_DRAWS = 1000  # of a sentence that was not said before
 Sentence = tuple[str, ...]
 
 
@@ -103,7 +103,7 @@ class Speaker:
 
     def _new_sentences(self, words: tuple[int, int], turns: int) -> list[Sentence]:
         """A sentence of `words[0]` to `words[1]` words and the replies to it, none of them said before."""
-        while True:
+        for _ in range(_MOST_DRAWS):
             drawn = self._rng.integers(0, len(WORDS), self._between(words))
             sentences = [tuple(WORDS[index] for index in drawn)]
             while len(sentences) < turns:
@@ -111,6 +111,7 @@ class Speaker:
             if self._said.isdisjoint(sentences):
                 self._said.update(sentences)
                 return sentences
+        raise ValueError(f"{len(self._said)} sentences leave no new one of {words[0]} to {words[1]} words")
 
     def _pronounce(self, word: str) -> tuple[int, ...]:
         units: list[int] = []

@@ -3,7 +3,7 @@
 Found by trial with plain transformers on one CPU thread: small enough for two cores and three
 minutes, large enough that text is predicted from the speech before it. What decides is the
 number of updates (4 rows of 128 tokens learn more than 4 of 256 from as many tokens), the width
-(64 is too little), two speech units a word, and the initialisation.
+(64 is too little), two speech units a word, few words, little noise, and the initialisation.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class DemoSettings:
 
     # corpus
     word_units: int = 2  # speech units that a word is made of
-    repeated_unit_share: float = 0.25  # a unit lasts twice as long
-    noisy_unit_share: float = 0.05  # a unit is another one
-    utterances: int = 5480  # a little more than the run reads
+    repeated_unit_share: float = 0.1  # a unit lasts twice as long
+    noisy_unit_share: float = 0.02  # a unit is another one
+    utterances: int = 5830  # a little more than the run reads
     short_utterance_words: tuple[int, int] = (3, 6)
     long_utterance_words: tuple[int, int] = (9, 16)
     long_utterance_share: float = 0.1

@@ -41,7 +41,13 @@ def build_engine(
     dtype = weight_dtype(config.training.bf16)
     core_config = build_transformer_config(architecture, config.parallel, dtype=dtype)
     models = build_model_chunks(
-        core_config, architecture, vocabulary, groups, backend, lora=config.lora.spec, seed=config.training.seed
+        core_config,
+        architecture,
+        vocabulary,
+        groups,
+        backend,
+        lora=config.lora.spec,
+        seed=config.training.seed,
     )
     wrapped = wrap_chunks(models, config.parallel, groups)
     step = PipelineStep(

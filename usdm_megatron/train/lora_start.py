@@ -51,9 +51,7 @@ def find_lora_start(config: RunConfig, directory: Path, *, resumes: bool) -> Lor
     if problems := _differences(directory, adapter.spec, spec, with_dropout=resumes):
         raise ConfigError(*problems)
     base = resolve_base(adapter, _base_now(config.checkpoint))
-    return LoraStart(
-        base, replace(adapter, spec=spec, base_directory=str(base.resolve())), has_adapter=True
-    )
+    return LoraStart(base, replace(adapter, spec=spec, base_directory=str(base.resolve())), has_adapter=True)
 
 
 def trainable_parameters(spec: LoraSpec, model: HFArchitecture, vocabulary: Vocabulary) -> int:

@@ -3,11 +3,16 @@
 - Adam's state exists from the start, so that a checkpoint can be saved and loaded at any step.
 - Every parameter has a `step` tensor of its own after a resume: core's loading gives all the same
   one, which Adam then increments once per parameter (`distrib_optimizer.py:864`).
+- States are cut out of a buffer's by their places without the padding between its buckets: core saves
+  shifted ones where there is some (its "issue #504", `distrib_optimizer.py:1505`).
 - fp32 masters are reloaded after weights were (`reload_masters`): else the first update undoes the load.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from usdm_megatron.config import OptimizerConfig as AdamConfig
 from usdm_megatron.config import ParallelConfig
+from usdm_megatron.model.lora.new_rows import NewRows
 from usdm_megatron.runtime.process_groups import ProcessGroups
 
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -28,6 +34,7 @@ def wrap_chunks(
     chunks: list[Any], parallel: ParallelConfig, groups: ProcessGroups
 ) -> list[DistributedDataParallel]:
     """Each chunk inside core's DDP, gradients reduced in fp32; bf16 chunks inside `Float16Module` first."""
+    _give_new_rows_their_own_bucket(chunks)
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -51,6 +58,19 @@ def wrap_chunks(
         no_sync = [ddp.no_sync for ddp in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
+
+
+def _give_new_rows_their_own_bucket(chunks: list[Any]) -> None:
+    """Tensor parallel ranks hold different numbers of new rows, or none (`NewRows`).
+
+    Replicas divide a bucket evenly, so behind such rows the same weight would be divided otherwise on each
+    tensor parallel rank, and core sums the gradients of weights that ranks share after that division,
+    part by part. `shared_embedding` is core's own mark for this; it means nothing else
+    (`param_and_grad_buffer.py:700`).
+    """
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, NewRows) and module.weight is not None:
+            module.weight.shared_embedding = True  # type: ignore[assignment]
 
 
 class AdamW:
@@ -130,11 +150,11 @@ class AdamW:
 
     def sharded_state(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """Masters and moments in the shapes of the model's parameters, loadable at any layout."""
-        return {
-            "param_state": self._sharded.sharded_param_state_fully_reshardable(
+        with _unpadded_places(self._sharded.buffers):
+            param_state = self._sharded.sharded_param_state_fully_reshardable(
                 model_state, is_loading=loading, metadata={}
             )
-        }
+        return {"param_state": param_state}
 
     def load_state(self, state: dict[str, Any], steps: int) -> None:
         """Put loaded masters and moments in place, as after `steps` updates."""
@@ -167,6 +187,24 @@ class AdamW:
             return
         for parameter, entry in self._sharded.optimizer.state.items():
             entry["step"] = torch.tensor(float(steps), device=parameter.device)
+
+
+@contextmanager
+def _unpadded_places(buffers: list[Any]) -> Iterator[None]:
+    """Inside, `param_index_map` of each buffer says where parameters are when buckets follow without a gap."""
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
+        gaps = [bucket.offset - start for bucket, start in zip(buffer.buckets, starts, strict=False)]
+        buffer.param_index_map = {
+            parameter: (start - gaps[index], end - gaps[index], index)
+            for parameter, (start, end, index) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
 
 
 def _one_dimensional() -> ParamKey:

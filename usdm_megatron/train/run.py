@@ -270,7 +270,11 @@ def _announce_lora(plan: RunPlan, lora: LoraStart, optimizer_bytes: int, reporte
     spec = lora.facts.spec
     trainable = trainable_parameters(spec, plan.architecture, plan.facts.vocabulary)
     reporter.event(
-        plan.start.step, "lora", base=str(lora.base), trainable_parameters=trainable, optimizer_bytes=optimizer_bytes
+        plan.start.step,
+        "lora",
+        base=str(lora.base),
+        trainable_parameters=trainable,
+        optimizer_bytes=optimizer_bytes,
     )
     if (warning := frozen_rows_warning(lora)) is not None:
         reporter.event(plan.start.step, "warning", why=warning)

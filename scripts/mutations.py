@@ -293,7 +293,7 @@ FAULTS = (
         "lora-a-from-the-shards-fan-in",
         "usdm_megatron/model/lora/adapter.py",
         "self.lora.r, self.lora_fan_in, seed)",
-        "self.lora.r, self.lora_fan_in, seed) * (self.lora_group.size() ** 0.5 if self.lora_row_parallel else 1)",
+        "self.lora.r, self.lora_fan_in, seed) * self.lora_group.size() ** (0.5 * self.lora_row_parallel)",
         (f"{_LORA_LAYOUTS}test_initial_values_at_any_layout", f"{_LORA}test_training_equals_peft[2x1x1]"),
         "A's spread grows with the tensor parallel size, and with it the learning rate it feels",
     ),
@@ -319,7 +319,7 @@ FAULTS = (
         "module.weight.shared_embedding = True",
         "module.weight.shared_embedding = False",
         (f"{_LORA}test_training_equals_peft[2x1x2-sp]",),
-        "replicas divide A otherwise on each tensor parallel rank, and parts of two divisions are summed (seen here)",
+        "replicas divide A otherwise on each tensor parallel rank; unlike parts are summed (seen here)",
     ),
     Fault(
         "optimizer-state-shifted-by-padding",

@@ -1,12 +1,10 @@
 #!/usr/bin/env python
 """Turn corpora, dialogs and token ids into token stores; see `--help`. Works from a checkout."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("usdm_megatron") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usdm_megatron.cli.entry import run_guarded  # noqa: E402
 from usdm_megatron.cli.preprocess import main  # noqa: E402

@@ -42,6 +42,7 @@ DIFFERENCES = {
     ("training", "loss_reduction"): {"usdm": "micro-batch-mean", "corrected": "token-mean"},
     ("optimizer", "clip_grad"): {"usdm": 0.0, "corrected": 1.0},
     ("optimizer", "decay_norms"): {"usdm": True, "corrected": False},
+    ("lora", "train_new_embeddings"): {"usdm": False, "corrected": True},
 }
 RECIPES: tuple[RecipeName, ...] = typing.get_args(RecipeName)
 TASKS: tuple[Task, ...] = typing.get_args(Task)
@@ -86,7 +87,8 @@ def sections() -> dict[str, st.SearchStrategy[Any]]:
         },
         TrainingConfig: {"train_samples": st.none(), "num_train_epochs": st.none(), "seed": st.integers()},
         LoraConfig: {
-            "dropout": st.floats(0, 0.99),
+            "alpha": st.floats(1e-3, 1e3),
+            "dropout": SHARE,
             "target_modules": st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(tuple),
         },
         CheckpointConfig: {},
@@ -147,7 +149,7 @@ def test_a_dump_names_every_field() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_differ_in_the_four_named_fields(recipe: RecipeName) -> None:
+def test_recipes_differ_in_the_named_fields(recipe: RecipeName) -> None:
     _, config = parse(["--recipe", recipe])
     assert config.recipe == recipe
     assert value_of(config) == {key: values[recipe] for key, values in DIFFERENCES.items()}

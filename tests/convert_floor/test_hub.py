@@ -136,7 +136,10 @@ def test_gated_missing_and_unknown_revision(hub: Hub) -> None:
 def test_offline_by_choice_and_by_fate(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files = ConnectionError()
     hub.snapshot = errors.LocalEntryNotFoundError("Got: ConnectError\nmore")
-    assert "is not in the cache, and the hub cannot be reached; run `hf download org/model`" in refused()
+    assert (
+        "is no directory here nor in the cache, and the hub cannot be reached; run `hf download org/model`"
+        in refused()
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set; unset it, or run `hf download org/model`" in refused()
     hub.snapshot = errors.OfflineModeIsEnabled("offline")
@@ -160,7 +163,9 @@ def test_anything_else_is_one_line_with_its_own_words(hub: Hub) -> None:
 def test_the_real_library_with_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConversionError, match="org/model is not in the cache and HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        ConversionError, match="org/model is no directory here nor in the cache, and HF_HUB_OFFLINE is set"
+    ):
         locate("org/model", None, tmp_path / "cache")
 
 

@@ -28,7 +28,7 @@ from usdm_megatron.convert.export_hf import run_export
 from usdm_megatron.convert.hf_source import open_source
 from usdm_megatron.convert.import_hf import dry_run, run_import
 from usdm_megatron.convert.import_plan import plan_import, streamed_tensors
-from usdm_megatron.convert.options import ExportOptions, ImportOptions
+from usdm_megatron.convert.options import ExportOptions, ImportOptions, VerifyOptions
 from usdm_megatron.errors import ConversionError
 from usdm_megatron.vocab import Vocabulary
 
@@ -96,7 +96,11 @@ def test_the_source_s_generation_config_comes_back(small_model: Callable[..., Pa
 def test_the_card_says_where_the_weights_come_from(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "| source | tiny-mistral |" in card and "| `<pad>` | 42002 |" in card
+    assert (
+        "| source | tiny-mistral |" in card
+        and "| `<pad>` | 42002 |" in card
+        and "| `<\\|continue\\|>` | 32000 |" in card
+    )
     assert "| sha256 of model.safetensors | " in card and str(exported) not in card
 
 
@@ -166,6 +170,22 @@ def test_units_and_tokens_of_ones_own(plain_model: Path, tmp_path: Path) -> None
 def test_other_extensions_are_refused(text: str) -> None:
     with pytest.raises(ConversionError, match="--extend-vocab"):
         ImportOptions(hf_path="a", save=Path("b"), extend_vocab=text)
+
+
+def test_a_token_that_is_there_already_is_refused_before_anything(plain_model: Path, tmp_path: Path) -> None:
+    options = ImportOptions(
+        hf_path=str(plain_model), save=tmp_path / "ck", extend_vocab="units=5,tokens=foo,<x>"
+    )
+    with pytest.raises(ConversionError, match="--extend-vocab: foo is token 8014 of the source already"):
+        dry_run(options)
+
+
+def test_flags_of_the_other_mode_are_refused() -> None:
+    options: dict[str, Any] = {"hf_path": Path("a"), "load": Path("b"), "mode": "weights"}
+    VerifyOptions(**options)
+    with pytest.raises(ConversionError) as refused:
+        VerifyOptions(**options, json=Path("c"), tolerance=1.0)
+    assert [problem.split()[0] for problem in refused.value.problems] == ["--tolerance", "--json"]
 
 
 # ── before anything is written ──
@@ -303,7 +323,7 @@ import sys, threading, time
 from pathlib import Path
 from usdm_megatron.convert.import_hf import run_import
 from usdm_megatron.convert.export_hf import run_export
-from usdm_megatron.convert.options import ExportOptions, ImportOptions
+from usdm_megatron.convert.options import ExportOptions, ImportOptions, VerifyOptions
 import torch.distributed.checkpoint, transformers
 
 def anonymous_mb():

@@ -78,8 +78,10 @@ def test_every_sample_once_and_no_utterance_twice_in_a_row(tmp_path: Path) -> No
         assert sum(map(len, row)) <= CAPACITY
         assert len({names[sample] for sample in row}) == len(row)
     summary = result.summaries[str(tmp_path / "P")]
+    plan = summary.options["plan"]
+    assert plan["stores"] == [""] and len(plan["id"]) == 64
     assert summary.options == {
-        "command": "fake", "seq_length": CAPACITY, "epochs": 3,
+        "plan": plan, "command": "fake", "seq_length": CAPACITY, "epochs": 3,
         "packing": "best-fit", "seed": 42, "split": None, "strict": False,
     }  # fmt: skip
     assert [(source.name, source.bytes) for source in summary.sources] == [
@@ -252,6 +254,25 @@ def test_parts_are_kept_on_request_and_merged_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="P exists already; pass --overwrite"):
         write(tmp_path)
     assert not (tmp_path / "P.parts").exists()  # said before any work
+
+
+@pytest.mark.parametrize("split", [None, (0.8, 0.2)])
+def test_finished_work_is_done_already(tmp_path: Path, split: tuple[float, float] | None) -> None:
+    executor = WorkOptions().executor
+    options = MergeOptions(split=split)
+    for index in range(2):
+        write(tmp_path, merge_options=options, shard=Shard(index, 2))
+    first = merge_parts(str(tmp_path / "P"), executor)
+    left = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    again = merge_parts(str(tmp_path / "P"), executor)
+    assert again.was_done and not first.was_done and again.summaries == first.summaries
+    assert write(tmp_path, merge_options=options, shard=Shard(1, 2)) == again
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == left
+    with pytest.raises(DataError, match="exists already"):  # another plan
+        write(tmp_path, merge_options=replace(options, seed=1), shard=Shard(1, 2))
+    StorePaths.of(list(first.summaries)[-1]).json.unlink()  # one of its stores is gone
+    with pytest.raises(DataError, match="no parts here"):
+        merge_parts(str(tmp_path / "P"), executor)
 
 
 def test_another_store_in_its_place_is_not_taken_for_it(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from usdm_megatron.cli import inspect_store as inspect_cli
 from usdm_megatron.cli import preprocess as preprocess_cli
 from usdm_megatron.cli.entry import run_guarded
 from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 from usdm_megatron.errors import ConfigError, DataError
 from usdm_megatron.preprocess.stores import (
     ROWS_WITHOUT_BOS,
@@ -22,6 +24,7 @@ from usdm_megatron.preprocess.stores import (
     preprocess_cache,
     preprocess_packed,
 )
+from usdm_megatron.tokenizer.files import extend_tokenizer
 from usdm_megatron.tokenizer.identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.vocab import USDM_VOCABULARY, TargetKind, Vocabulary
 
@@ -68,7 +71,9 @@ def test_both_inputs_give_the_same_store(tmp_path: Path, cache: Path, parts: lis
     assert TokenStore.open(tmp_path / "C_test").rows == 1
     assert text.summary == from_text[str(tmp_path / "T")]
     assert text.summary.notices == {ROWS_WITHOUT_BOS: 1}
-    assert text.summary.options == {"command": "packed", "seq_length": 10}
+    options = dict(text.summary.options)
+    assert options.pop("plan")["stores"] == [""]
+    assert options == {"command": "packed", "seq_length": 10}
     assert text.summary.vocabulary == USDM_VOCABULARY
     assert [(source.name, source.sha256) for source in text.summary.sources] == [
         (path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in reversed(parts)
@@ -236,6 +241,24 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path: Path, parts: list[Path
     with pytest.raises(DataError, match="the tokenizer has 32000 ids, the vocabulary 42003; pass the"):
         preprocess_packed(parts, str(tmp_path / "P"), StoreOptions(tokenizer=tokenizer))
     assert not (tmp_path / "P.bin").exists()
+
+
+@pytest.mark.parametrize("command", ["packed", "cache", "samples", "sft"])
+def test_the_vocabulary_is_the_tokenizers(tmp_path: Path, command: str) -> None:
+    vocabulary = Vocabulary(unit_count=100, extra_tokens=("<a>", "<b>"))
+    extend_tokenizer(write_mistral_tokenizer(tmp_path / "plain"), tmp_path / "T", vocabulary, 10)
+    row = [1, 300, vocabulary.pad_id - 1, 2]
+    ids = " ".join(map(str, row))
+    (tmp_path / "in.txt").write_text(f"{ids}|{ids}" if command == "sft" else ids)
+    (tmp_path / "in.json").write_text("[4]")
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [row]}), tmp_path / "in.parquet")
+    file = tmp_path / ("in.parquet" if command == "cache" else "in.txt")
+    arguments = [command, "--input", file, "--output-prefix", tmp_path / "P", "--tokenizer", tmp_path / "T"]
+    assert run(*arguments, "--text-vocab-size", 32_000) == 2  # 42,003 ids: the flags come first
+    assert run(*arguments) == 0
+    summary = TokenStore.open(tmp_path / "P").summary
+    assert summary.vocabulary == vocabulary
+    assert summary.tokenizer_sha256 == tokenizer_sha256(tmp_path / "T")
 
 
 def test_sentencepiece_tokenizers(tmp_path: Path) -> None:

@@ -189,6 +189,12 @@ def test_shards(
     assert run("merge", "--output-prefix", tmp_path / "P", "--workers", 1) == 0
     assert outputs(tmp_path) == reference(name)
     assert not (tmp_path / "P.parts").exists()
+    capsys.readouterr()
+    for again in ([*arguments, "--shard", f"0/{len(order)}"], ["merge", "--output-prefix", tmp_path / "P"]):
+        assert run(*again) == 0
+        assert "P: already done\n" in capsys.readouterr().out
+    assert outputs(tmp_path) == reference(name)
+    assert not (tmp_path / "P.parts").exists()
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +303,58 @@ def test_killed_at_every_stage(
     assert not (tmp_path / "P.parts").exists()
 
 
+def test_ctrl_c_ends_the_workers_and_leaves_no_store(
+    corpora: Path, reference: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    arguments = [*command(corpora, "samples"), "--output-prefix", str(tmp_path / "P"), "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"parts begun\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
+    assert {path.name for path in tmp_path.iterdir()} == {"P.parts"}
+    assert run(*arguments) == 0
+    assert outputs(tmp_path) == reference("samples")
+
+
+SLOW = """
+import sys, time
+from usdm_megatron.cli import preprocess
+from usdm_megatron.cli.entry import run_guarded
+from usdm_megatron.cli.preprocess_flags import StoreFlags
+from usdm_megatron.preprocess.stores import WorkOptions
+def work(flags):
+    def progress(done, of):
+        print("parts begun", flush=True)
+        time.sleep(60)
+    return WorkOptions(flags.open_executor(), None, False, progress)
+StoreFlags.work = work
+if __name__ == "__main__":
+    sys.exit(run_guarded(preprocess.main, sys.argv[1:]))
+"""
+
+
 # --- what the user is told
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "merge"])
+def test_a_file_in_place_of_the_output_directory(
+    corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "c.jsonl").write_text("{}")
+    line = ["merge"] if name == "merge" else command(corpora, name)
+    for prefix in ("c.jsonl/y", "c.jsonl/y/z"):
+        assert run(*line, "--output-prefix", tmp_path / prefix) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 1 and f"but {tmp_path / 'c.jsonl'} is a file; the prefix is" in errors[0]
 
 
 def test_what_was_rejected_is_said(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,7 +202,7 @@ def test_files_in_natural_order_and_pickled(tmp_path: Path) -> None:
 
 def test_files_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"")
-    with pytest.raises(DataError, match="p.txt: the file is empty; remove it from --input"):
+    with pytest.raises(DataError, match="p.txt: the file is empty; leave it out or write it again"):
         make(tmp_path / "p.txt")
     with pytest.raises(DataError, match="no file given; it takes files of 'ids.labels' lines"):
         SftLinesSource([], VOCABULARY, 10)

@@ -15,13 +15,12 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.ranks import run_ranks
-from tests.training import jobs, reference
+from tests.training import reference
 from tests.training.conftest import TinyModel
 from tests.training.jobs import Layout
 from tests.training.test_oracle import train_lines
 from tests.training.test_resume import killed_after, losses, tensors
-from tests.training.test_sft_oracle import GLOBAL_BATCH, LR, MICRO_BATCH, STEPS, Stores, batches_of, fine_tune
+from tests.training.test_sft_oracle import LR, MICRO_BATCH, STEPS, Stores, batches_of, fine_tune
 from tests.training.test_sft_oracle import stores as stores  # the fixture
 from usdm_megatron.checkpoint.adapter_facts import read_adapter_facts
 from usdm_megatron.data.token_store import TokenStore

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from usdm_megatron.convert.options import ExportOptions, ImportOptions, VerifyOptions
-from usdm_megatron.errors import EXIT_DONE
+from usdm_megatron.errors import EXIT_DONE, CheckpointFault
 
 Command = (
     Annotated[ImportOptions, tyro.conf.subcommand("import")]
@@ -25,6 +25,13 @@ def main(argv: Sequence[str]) -> int | None:
         prog="convert_hf_checkpoint.py",
         description="Convert between Hugging Face models and torch_dist checkpoints.",
     )
+    try:
+        return _run(options, argv)
+    except OSError as error:  # a disk that fills up meanwhile; what was written is gone already
+        raise CheckpointFault(f"{error.filename or 'writing failed'}: {error.strerror or error}") from error
+
+
+def _run(options: Command, argv: Sequence[str]) -> int:
     # torch takes seconds to import; --help and a wrong flag must not wait for it
     match options:
         case ImportOptions():

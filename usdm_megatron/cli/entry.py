@@ -1,4 +1,4 @@
-"""What every command has in common: user errors become one message and exit code 2."""
+"""What every command has in common: user errors become one message and exit code 2, Ctrl-C one word and 130."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from usdm_megatron.errors import EXIT_DONE, UserError
 from usdm_megatron.log import quiet_upstream
+
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -20,6 +22,10 @@ def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if is_main_rank():
+            print("interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
     except BrokenPipeError:  # `… | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes at exit
         return EXIT_DONE

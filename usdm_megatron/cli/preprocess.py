@@ -13,7 +13,7 @@ from usdm_megatron.cli.preprocess_flags import WorkFlags
 from usdm_megatron.cli.preprocess_ids import CacheFlags, PackedFlags, SamplesFlags, SftFlags
 from usdm_megatron.data.token_store import StoreSummary
 from usdm_megatron.preprocess.merge import MergeResult, merge_parts
-from usdm_megatron.preprocess.parts_plan import parts_directory
+from usdm_megatron.preprocess.parts_plan import check_output_prefix, parts_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,13 @@ def main(argv: Sequence[str]) -> int | None:
         prog="preprocess_data.py",
         description="Write packed token stores (Megatron .bin/.idx and a .json).",
     )
+    check_output_prefix(command.output_prefix)
     result = command.run()
     if result is None:
         print(f"{parts_directory(command.output_prefix)}: this shard is done; `merge` joins them all")
         return None
+    if result.was_done:
+        print(f"{command.output_prefix}: already done")
     for prefix, summary in result.summaries.items():
         print(describe(prefix, summary))
     if result.rejected:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -55,23 +56,30 @@ class IdFlags(StoreFlags):
     """Input that holds ids already."""
 
     tokenizer: Path | None = None
-    """Directory of the tokenizer that made the ids: its size is checked, its hash recorded."""
-    vocab: Literal["usdm", "text"] = "usdm"
-    """usdm: text, speech units and control tokens; text: the text vocabulary alone."""
-    text_vocab_size: int = USDM_VOCABULARY.text_size
-    """Ids of the text vocabulary (Mistral: 32,000)."""
+    """Directory of the tokenizer that made the ids: gives the vocabulary; its hash is recorded."""
+    vocab: Literal["usdm", "text"] | None = None
+    """usdm: text, speech units and control tokens (default); text: the text vocabulary alone."""
+    text_vocab_size: int | None = None
+    """Ids of the text vocabulary (default: Mistral's 32,000)."""
 
     def __post_init__(self) -> None:
         least = max(USDM_VOCABULARY.bos_id, USDM_VOCABULARY.eos_id) + 1
-        if self.text_vocab_size < least:
+        if self.text_vocab_size is not None and self.text_vocab_size < least:
             raise ConfigError(
                 f"--text-vocab-size is {self.text_vocab_size}, the least is {least}: bos and eos are text ids"
             )
 
-    @property
+    @cached_property
     def vocabulary(self) -> Vocabulary:
-        units = USDM_VOCABULARY.unit_count if self.vocab == "usdm" else 0
-        return Vocabulary(text_size=self.text_vocab_size, unit_count=units)
+        """What the flags say, else the vocabulary of the tokenizer, else USDM's."""
+        if self.tokenizer is not None and self.vocab is None and self.text_vocab_size is None:
+            from usdm_megatron.tokenizer.text_encoder import extended_tokenizer
+
+            return extended_tokenizer(self.tokenizer).vocabulary
+        return Vocabulary(
+            text_size=self.text_vocab_size or USDM_VOCABULARY.text_size,
+            unit_count=0 if self.vocab == "text" else USDM_VOCABULARY.unit_count,
+        )
 
     def options(self) -> StoreOptions:
         return StoreOptions(self.seq_length, self.vocabulary, self.tokenizer, self.overwrite)

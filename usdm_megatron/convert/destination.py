@@ -31,7 +31,7 @@ def claimed(directory: Path) -> Iterator[None]:
 
     The lock is on the directory itself: it leaves no file, and goes with a killed process.
     """
-    made = _make(directory)
+    made = make_directory(directory)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -66,7 +66,7 @@ def is_claimed(directory: Path) -> bool:
     return False
 
 
-def _make(directory: Path) -> list[Path]:
+def make_directory(directory: Path) -> list[Path]:
     """Make a directory and its parents; returns the new ones, innermost first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:

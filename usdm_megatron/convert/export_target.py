@@ -12,7 +12,7 @@ from typing import Any
 from usdm_megatron.checkpoint.commit import publish_directory, sync_tree, temporary_path
 from usdm_megatron.checkpoint.facts import CheckpointFacts
 from usdm_megatron.checkpoint.integrity import write_integrity
-from usdm_megatron.convert.destination import claimed, is_claimed, require_space
+from usdm_megatron.convert.destination import claimed, is_claimed, make_directory, require_space
 from usdm_megatron.convert.weight_types import TypeName
 from usdm_megatron.errors import ConversionError
 from usdm_megatron.tokenizer.files import check_tokenizer, copy_tokenizer
@@ -55,7 +55,7 @@ def require_replaceable(target: Path, marker: str, *, overwrite: bool) -> None:
 
 def publish(target: Path, size_bytes: int, write: Callable[[Path], None]) -> Published:
     """Let `write` fill a directory of about `size_bytes` and give it its name when all of it is there."""
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.absolute().parent)
     removed = _remove_stale(target)
     require_space(target.absolute().parent, size_bytes)
     temporary = temporary_path(target)

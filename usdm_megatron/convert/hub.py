@@ -91,9 +91,11 @@ def _reason(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled) or (
         isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
     ):
-        return f"is not in the cache and HF_HUB_OFFLINE is set; unset it, or run {download}"
+        return (
+            f"is no directory here nor in the cache, and HF_HUB_OFFLINE is set; unset it, or run {download}"
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"is not in the cache, and the hub cannot be reached; run {download}"
+        return f"is no directory here nor in the cache, and the hub cannot be reached; run {download}"
     first_line = (str(error).strip().splitlines() or [""])[0]
     return (
         f"is no directory here, and the hub did not give it: {type(error).__name__}: {first_line}; "

@@ -33,7 +33,7 @@ from usdm_megatron.convert.weight_types import (
     type_of_safetensors,
 )
 from usdm_megatron.errors import ConversionError
-from usdm_megatron.tokenizer.files import has_tokenizer, read_vocabulary
+from usdm_megatron.tokenizer.files import has_tokenizer, read_vocabulary, token_ids
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 _NEW_ROWS_AT_A_TIME = 512
@@ -153,7 +153,9 @@ def _source_vocabulary(source: HFSource, model: HFArchitecture) -> Vocabulary:
 
 
 def _special_id(source: HFSource, name: str, default: int) -> int:
-    token_id = source.config.get(f"{name}_token_id", default)
+    token_id = source.config.get(f"{name}_token_id")
+    if token_id is None:
+        return default
     if isinstance(token_id, list) and token_id:  # several ways to end: the first is the tokenizer's
         token_id = token_id[0]
     if not isinstance(token_id, int) or token_id < 0:
@@ -176,4 +178,10 @@ def _extended(source: HFSource, found: Vocabulary, extension: VocabularyExtensio
             f"--extend-vocab: {source.directory} holds no tokenizer to extend (tokenizer.json or "
             "tokenizer.model)"
         )
-    return replace(found, unit_count=extension.units, extra_tokens=extension.tokens)
+    vocabulary = replace(found, unit_count=extension.units, extra_tokens=extension.tokens)
+    known = token_ids(source.directory)
+    if taken := [token for token in vocabulary.added_tokens() if token in known]:
+        raise ConversionError(
+            *(f"--extend-vocab: {token} is token {known[token]} of the source already" for token in taken)
+        )
+    return vocabulary

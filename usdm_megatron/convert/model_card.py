@@ -154,6 +154,11 @@ def _training(facts: CheckpointFacts) -> dict[str, Any]:
     return rows
 
 
+def _cell(value: Any) -> str:
+    """A bar ends a cell, even inside backticks."""
+    return str(value).replace("|", "\\|")
+
+
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
     said = {name: value for name, value in rows.items() if value is not None}
     return [
@@ -161,6 +166,6 @@ def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in said.items()),
+        *(f"| {_cell(name)} | {_cell(value)} |" for name, value in said.items()),
         "",
     ]

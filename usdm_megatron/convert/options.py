@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -121,7 +121,7 @@ class ExportOptions:
     dtype: WeightType = "auto"
     """Type of the exported weights; auto: the checkpoint's."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file, e.g. 5GB or 300MB."""
+    """Largest safetensors file, e.g. 5GB or 300MB; a tensor larger than that gets a file of its own."""
     workers: int = 2
     """Files written at a time; each holds one tensor in memory."""
     overwrite: bool = False
@@ -191,8 +191,24 @@ class VerifyOptions:
             problems.append("--sequence-length 0 must be at least 1")
         if not self.tolerance >= 0:
             problems.append(f"--tolerance {self.tolerance} must not be negative")
+        if self.mode == "weights":
+            problems += [
+                f"--{field.name.replace('_', '-')} goes with --mode logits"
+                for field in fields(self)
+                if field.name in _OF_LOGITS and getattr(self, field.name) != field.default
+            ]
         if problems:
             raise ConversionError(*problems)
+
+
+_OF_LOGITS = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "tolerance",
+    "core_attention",
+    "sequence_length",
+    "json",
+}
 
 
 def _worker_problems(workers: int) -> list[str]:

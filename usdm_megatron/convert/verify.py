@@ -73,6 +73,10 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
     from usdm_megatron.convert.verify_sides import OurSide
     from usdm_megatron.runtime.process_groups import open_process_groups
 
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise ConversionError(
+            f"--json {options.json}: there is no directory {options.json.absolute().parent}"
+        )
     layout = ParallelLayout(
         environment.world_size, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
     )

@@ -9,8 +9,6 @@ a `Rejection`; what is wrong with a file (no JSON, no UTF-8, no such column) is 
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,10 +18,9 @@ import numpy as np
 
 from usdm_megatron.corpora.alignment import UNITS_MISSING, Rejected, Utterance, Word
 from usdm_megatron.errors import DataError
-from usdm_megatron.preprocess.parquet_rows import ParquetPart
-from usdm_megatron.preprocess.row_sources import natural_key
+from usdm_megatron.preprocess.parquet_rows import ParquetPart, reported_as_parquet
 from usdm_megatron.preprocess.samples import Rejection
-from usdm_megatron.preprocess.text_lines import LinePart, LinePlace, line_parts, read_lines
+from usdm_megatron.preprocess.text_lines import LinePart, line_parts, natural_key, parse_json_lines
 
 UNIT_OUT_OF_RANGE = "unit_out_of_range"
 MALFORMED_UNITS = "malformed_units"
@@ -34,7 +31,6 @@ PART_BYTES = 8 << 20  # of JSONL: about 2,000 utterances of 10 s
 PART_ROWS = 2000  # of Parquet
 _COLUMNS = ("id", "units", "words")
 _OPTIONAL_COLUMN = "duration"
-_MOST_PROBLEMS = 10  # of a part, reported at once
 _NUMBERS = (int, float)  # compared with `type`: a bool is none
 
 
@@ -84,7 +80,9 @@ class ManifestCorpus:
         ]
 
     def read(self, part: LinePart | ParquetPart) -> Iterator[Utterance | Rejection]:
-        return _read_json_lines(part) if isinstance(part, LinePart) else self._parquet.read(part)
+        if isinstance(part, LinePart):
+            return parse_json_lines(part, parse_record, "an utterance")
+        return self._parquet.read(part)
 
 
 def parse_record(record: Any, place: Callable[[], str]) -> Utterance | Rejection:
@@ -182,30 +180,8 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _read_json_lines(part: LinePart) -> Iterator[Utterance | Rejection]:
-    place = LinePlace(part.path, part.start)  # counts the lines before the part when a message needs it
-    problems: list[str] = []
-    for number, line in enumerate(read_lines(part).split(b"\n")):
-        if not line.strip():
-            continue
-        try:
-            found = parse_record(json.loads(line.decode("utf-8")), partial(place, number))
-        except UnicodeDecodeError as error:
-            problems.append(f"{place(number)}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{place(number)}: not JSON ({error}); every line is one object")
-        except DataError as error:
-            problems += error.problems
-        else:
-            yield found
-        if len(problems) >= _MOST_PROBLEMS:
-            break
-    if problems:
-        raise DataError(*problems)
-
-
 def _parquet_parts(path: Path) -> Iterator[ParquetPart]:
-    with _reported(path):
+    with reported_as_parquet(path):
         file = _pyarrow_parquet().ParquetFile(path, memory_map=True)
         missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
         group_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -236,7 +212,7 @@ class _ParquetRows:
         return {"_next": None, "_batches": iter(())}
 
     def read(self, part: ParquetPart) -> Iterator[Utterance | Rejection]:
-        with _reported(part.path):
+        with reported_as_parquet(part.path):
             batch = self._batch(part)
             if batch is None or batch.num_rows != part.rows:
                 raise DataError(
@@ -274,19 +250,6 @@ def _unit_rows(column: Any) -> list[Any]:
         return list(column.to_pylist())
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     return np.split(values.to_numpy(), np.cumsum(lengths)[:-1])
-
-
-@contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    """Whatever pyarrow raises for damaged files, as a `DataError`."""
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{path}: cannot be read as Parquet ({str(error).strip()}); write it again"
-        ) from error
 
 
 def _pyarrow_parquet() -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class MergeResult:
     summaries: dict[str, StoreSummary]
     rejected: dict[str, int]  # by reason
     report: Path | None  # None: whole rows, of which none is ever rejected
+    was_done: bool = False  # an earlier run wrote the stores
 
 
 def merge_parts(
@@ -50,6 +52,8 @@ def merge_parts(
     Raises `DataError` if parts are missing (named), damaged or empty, or a store is there already.
     """
     directory = parts_directory(output_prefix)
+    if not (directory / PLAN_NAME).exists() and (done := finished_result(output_prefix)):
+        return done  # a task that its cluster starts again
     plan = PartsPlan.read(directory)
     result = published_result(output_prefix, plan)
     if result is None:
@@ -63,11 +67,6 @@ def merge_parts(
 def was_publishing(output_prefix: str) -> bool:
     """Whether a run was killed while it gave several stores their names: what is there of them is its own."""
     return _published_record(parts_directory(output_prefix)).get("stage") == "publishing"
-
-
-def store_names(plan: PartsPlan) -> list[str]:
-    """The splits that a plan gives, `['']` for a single store."""
-    return ["train", "test"] if plan.merge and plan.merge.split else list(plan.stores)
 
 
 def store_prefix(output_prefix: str, name: str) -> str:
@@ -90,6 +89,37 @@ def published_result(output_prefix: str, plan: PartsPlan) -> MergeResult | None:
             return None
         summaries[prefix] = opened.summary
     return MergeResult(summaries, dict(record["rejected"]), _report_path(output_prefix, plan))
+
+
+def finished_result(output_prefix: str, plan: PartsPlan | None = None) -> MergeResult | None:
+    """The stores of a run of `plan` (None: of any) whose parts are gone; None unless all are there."""
+    identities = _recorded_identities(output_prefix) if plan is None else [plan.identity]
+    for identity in identities:
+        prefixes = [store_prefix(output_prefix, name) for name in identity["stores"]]
+        summaries = {prefix: summary for prefix in prefixes if (summary := _summary(prefix)) is not None}
+        if len(summaries) == len(prefixes) and all(
+            summary.options.get("plan") == identity for summary in summaries.values()
+        ):
+            return MergeResult(summaries, {}, None, was_done=True)
+    return None
+
+
+def _recorded_identities(output_prefix: str) -> Iterator[dict[str, Any]]:
+    """Of the stores `{output_prefix}` and `{output_prefix}_*`: a name may be any split's."""
+    path = Path(output_prefix)
+    splits = sorted(path.parent.glob(f"{glob.escape(path.name)}_*.json"))
+    for prefix in (path, *(split.with_suffix("") for split in splits)):
+        summary = _summary(prefix)
+        identity = None if summary is None else summary.options.get("plan")
+        if isinstance(identity, dict) and identity.get("stores"):
+            yield identity
+
+
+def _summary(prefix: str | Path) -> StoreSummary | None:
+    try:
+        return TokenStore.open(prefix).summary
+    except DataError:
+        return None
 
 
 # --- what is there
@@ -170,7 +200,7 @@ def _sample_stores(
     chosen = {name: kept}
     if options.split is not None:
         is_test = in_test_split(samples.utterances[kept], options.split[1], options.seed)
-        chosen = dict(zip(store_names(plan), (kept[~is_test], kept[is_test]), strict=True))
+        chosen = dict(zip(plan.store_names, (kept[~is_test], kept[is_test]), strict=True))
     return [
         _Store(
             split,
@@ -328,7 +358,7 @@ def _record_stage(
 def _published_record(directory: Path) -> dict[str, Any]:
     try:
         record = json.loads((directory / PUBLISHED_NAME).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
 

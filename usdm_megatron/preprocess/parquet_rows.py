@@ -61,7 +61,7 @@ class ParquetSource(RowSource):
         return [part for path in self._paths for part in _parts(path)]
 
     def read(self, part: ParquetPart) -> RowBlock:
-        with _reported(part.path):
+        with reported_as_parquet(part.path):
             batch = self._batch(part)
         if batch is None or batch.num_rows != part.rows:
             raise DataError(
@@ -111,14 +111,14 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
     import pyarrow.parquet
 
     with (
-        _reported(path),
+        reported_as_parquet(path),
         pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file,
     ):
         yield file
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported_as_parquet(path: Path) -> Iterator[None]:
     """Whatever pyarrow raises for damaged files, as a `DataError`."""
     import pyarrow
 

@@ -138,7 +138,23 @@ class PartsPlan:
     def store_options(self) -> dict[str, Any]:
         """What `P.json` records."""
         merge = {} if self.merge is None else asdict(self.merge)
-        return {"command": self.command, "seq_length": self.seq_length, **self.options, **_plain(merge)}
+        return {
+            "command": self.command,
+            "seq_length": self.seq_length,
+            **self.options,
+            **_plain(merge),
+            "plan": self.identity,
+        }
+
+    @property
+    def store_names(self) -> list[str]:
+        """The splits that come of it, `['']` for a single store."""
+        return ["train", "test"] if self.merge and self.merge.split else list(self.stores)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By which a rerun knows finished stores, and that none of them is missing."""
+        return {"id": self.id, "stores": self.store_names}
 
     @property
     def id(self) -> str:
@@ -184,6 +200,19 @@ class PartsPlan:
 
 def parts_directory(output_prefix: str) -> Path:
     return Path(f"{output_prefix}.parts")
+
+
+def check_output_prefix(output_prefix: str) -> None:
+    """Say before hours of reading that nothing can be written there: a file where a directory should be."""
+    parent = Path(output_prefix).parent
+    for path in (parent, *parent.parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise DataError(
+                f"--output-prefix is {output_prefix}, but {path} is a file; the prefix is a directory and "
+                "the beginning of a file name: out/corpus"
+            )
 
 
 def agree_on_plan(directory: Path, plan: PartsPlan) -> None:

@@ -33,15 +33,12 @@ from usdm_megatron.preprocess.text_lines import (
     LinePlace,
     input_files,
     line_parts,
-    natural_key,
     parse_id_lines,
     read_lines,
 )
 
 if TYPE_CHECKING:
     import datasets
-
-__all__ = ["PackedTextSource", "ParquetSource", "RowBlock", "RowSource", "SourceHasher", "open_cache"]
 
 TEXT_BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20  # bounds the memory that a file without line ends can take

@@ -19,9 +19,9 @@ from usdm_megatron.errors import ConfigError, DataError
 from usdm_megatron.preprocess.executors import Executor, SerialExecutor
 from usdm_megatron.preprocess.merge import (
     MergeResult,
+    finished_result,
     merge_parts,
     published_result,
-    store_names,
     store_prefix,
     was_publishing,
 )
@@ -203,6 +203,12 @@ def _through_parts(
     work: WorkOptions,
 ) -> MergeResult | None:
     if published_result(output_prefix, plan) is None:
+        if (
+            work.shard is not None
+            and not options.overwrite
+            and (done := finished_result(output_prefix, plan))
+        ):
+            return done  # merged already; a task that its cluster starts again
         _refuse_existing(output_prefix, plan, options.overwrite)
         directory = parts_directory(output_prefix)
         make_parts(inputs, plan, directory, work.executor, work.shard or Shard(), work.progress)
@@ -215,7 +221,7 @@ def _refuse_existing(output_prefix: str, plan: PartsPlan, overwrite: bool) -> No
     """Say now, not after hours of work, that a store is there already."""
     if overwrite or was_publishing(output_prefix):
         return
-    prefixes = [store_prefix(output_prefix, name) for name in store_names(plan)]
+    prefixes = [store_prefix(output_prefix, name) for name in plan.store_names]
     existing = [prefix for prefix in prefixes if StorePaths.of(prefix).json.exists()]
     if existing:
         raise DataError(
@@ -239,6 +245,7 @@ def checked_tokenizer_hash(options: StoreOptions) -> str | None:
         raise DataError(
             f"{options.tokenizer}: the tokenizer has {size} ids, the vocabulary {options.vocabulary.size}; "
             "pass the tokenizer that the rows were made with (an extended one: the directory that "
-            "convert_hf_checkpoint.py wrote), or change --vocab or --text-vocab-size"
+            "convert_hf_checkpoint.py wrote), and leave out --vocab and --text-vocab-size unless it is a plain "
+            "one: --vocab text"
         )
     return tokenizer_sha256(options.tokenizer)

@@ -87,7 +87,7 @@ def line_parts(
     try:
         size = path.stat().st_size
         if size == 0:
-            raise DataError(f"{path}: the file is empty; remove it from --input or write it again")
+            raise DataError(f"{path}: the file is empty; leave it out or write it again")
         starts = [0]
         with path.open("rb") as file:
             while starts[-1] + part_bytes < size:

@@ -43,8 +43,9 @@ def find_lora_start(config: RunConfig, directory: Path, *, resumes: bool) -> Lor
         if adapter is None:
             return None
         raise ConfigError(
-            f"lora: {directory} is an adapter, and this run trains all weights; add --lora to train it on, or "
-            "make a whole model of it (python tools/convert_hf_checkpoint.py export --merge-lora, then import)"
+            f"lora: {directory} is an adapter, and this run trains all weights; add --lora to train it on, "
+            "or make a whole model of it (python tools/convert_hf_checkpoint.py export --merge-lora, "
+            "then import)"
         )
     if adapter is None:
         return LoraStart(directory, AdapterFacts.over(directory, spec), has_adapter=False)

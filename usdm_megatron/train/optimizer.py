@@ -70,7 +70,7 @@ def _give_new_rows_their_own_bucket(chunks: list[Any]) -> None:
     """
     for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, NewRows) and module.weight is not None:
-            module.weight.shared_embedding = True  # type: ignore[assignment]
+            module.weight.shared_embedding = True  # type: ignore[attr-defined]
 
 
 class AdamW:
@@ -191,7 +191,7 @@ class AdamW:
 
 @contextmanager
 def _unpadded_places(buffers: list[Any]) -> Iterator[None]:
-    """Inside, `param_index_map` of each buffer says where parameters are when buckets follow without a gap."""
+    """Inside, a buffer's `param_index_map` says where parameters are without gaps between buckets."""
     padded = [buffer.param_index_map for buffer in buffers]
     for buffer in buffers:
         starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))

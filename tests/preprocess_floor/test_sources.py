@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess import row_sources
 from usdm_megatron.preprocess.row_sources import PackedTextSource, SourceHasher, open_cache
-from usdm_megatron.preprocess.text_lines import natural_key
 from usdm_megatron.preprocess.rows import RowSource, cut_samples
+from usdm_megatron.preprocess.text_lines import natural_key
 
 
 def rows_of(source: RowSource) -> list[list[int]]:

@@ -83,7 +83,7 @@ def test_other_bos_and_eos(plain: Path, tmp_path: Path) -> None:
 
 
 def test_partially_extended_and_absent_tokenizers(converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(DataError, match="neither tokenizer.json nor tokenizer.model"):
         extended_tokenizer(tmp_path)
     content = json.loads((converted / "tokenizer.json").read_text())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|unit7|>"]

@@ -1,4 +1,4 @@
-"""What every command has in common: user errors become one message and exit code 2, Ctrl-C one word and 130."""
+"""What every command has in common: user errors become one message and exit code 2, Ctrl-C a word and 130."""
 
 from __future__ import annotations
 

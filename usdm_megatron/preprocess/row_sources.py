@@ -33,6 +33,7 @@ from usdm_megatron.preprocess.text_lines import (
     LinePlace,
     input_files,
     line_parts,
+    natural_key,
     parse_id_lines,
     read_lines,
 )

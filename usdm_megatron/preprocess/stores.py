@@ -245,7 +245,7 @@ def checked_tokenizer_hash(options: StoreOptions) -> str | None:
         raise DataError(
             f"{options.tokenizer}: the tokenizer has {size} ids, the vocabulary {options.vocabulary.size}; "
             "pass the tokenizer that the rows were made with (an extended one: the directory that "
-            "convert_hf_checkpoint.py wrote), and leave out --vocab and --text-vocab-size unless it is a plain "
-            "one: --vocab text"
+            "convert_hf_checkpoint.py wrote) and leave out --vocab and --text-vocab-size, which it "
+            "knows; for a plain one: --vocab text"
         )
     return tokenizer_sha256(options.tokenizer)

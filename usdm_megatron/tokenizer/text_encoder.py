@@ -176,9 +176,10 @@ def _is_single_spaced(text: str) -> bool:
 
 
 def _found_vocabulary(directory: Path) -> Vocabulary:
+    found_size = tokenizer_size(directory)
     ids = token_ids(directory)
     config = read_json_object(directory / "config.json") if (directory / "config.json").is_file() else {}
-    size = config.get("vocab_size", tokenizer_size(directory))
+    size = config.get("vocab_size", found_size)
     special = {name: _special_id(directory, ids, config, name) for name in ("bos", "eos")}
     return read_vocabulary(directory, int(size), special["bos"], special["eos"])
 

@@ -110,7 +110,6 @@ class Built:
         self.step = PipelineStep(
             wrapped, groups, self.rope, vocabulary, dtype=torch.float32, loss_reduction="token-mean"
         )
-        _sum_tied_rows(wrapped[0].config, self.models, groups)
         self.optimizer = AdamW(wrapped, self.config.optimizer, groups, bf16=False)
         states = {f"chunk_{i}": base_part(chunk.sharded_state_dict()) for i, chunk in enumerate(self.models)}
         loaded = load_sharded(checkpoint, {"model": states}, strict="requested")
@@ -143,18 +142,6 @@ class Built:
                     axis, tp = item.entry.sharded_axis, self.layout.tp
                     own = whole if axis is None else whole.chunk(tp, dim=axis)[self.groups.coordinates.tp]
                     item.parameter.copy_(own)
-
-
-def _sum_tied_rows(core_config: Any, models: list[Any], groups: Any) -> None:
-    from usdm_megatron.model.lora.new_rows import sum_tied_rows
-
-    core_finalize = core_config.finalize_model_grads_func
-
-    def finalize(*args: Any, **kwargs: Any) -> None:
-        core_finalize(*args, **kwargs)
-        sum_tied_rows(models, groups.collection.embd)
-
-    core_config.finalize_model_grads_func = finalize
 
 
 def random_factor(name: str, entry: Any, model: HFArchitecture, lora: LoraSpec) -> Tensor:

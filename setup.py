@@ -64,6 +64,7 @@ setup(
             "import-linter",
             "matplotlib",
             "mypy",
+            "peft>=0.15",
             "pytest",
             "pytest-timeout",
             "ruff",

@@ -11,7 +11,7 @@ speech-text   `preprocess_data.py speech-text` of a JSONL manifest, two epochs; 
 read          `TokenStore`; Megatron's `IndexedDataset` and `GPTDataset` over the same files
 
 Ours also hashes input and output and syncs to disk, the peers do neither. CPU time counts all processes.
-Input is in the page cache. Needs about 60 bytes of disk a token of --tokens and 2 a token of --read-tokens.
+Input is in the page cache. Needs about 25 bytes of disk a token of --tokens and 2 a token of --read-tokens.
 """
 
 from __future__ import annotations

@@ -14,4 +14,4 @@ done
 for samples in 100000 1000000 10000000; do # beside the original's multipack where numba is installed: .[bench]
     "$PYTHON" benchmarks/packing.py --samples "$samples"
 done
-"$PYTHON" benchmarks/data.py --tokens 100000000 # 4 GB of disk
+"$PYTHON" benchmarks/data.py --tokens 100000000 # 3 GB of disk

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet  # type: ignore[import-untyped]
+import pyarrow.parquet
 import pytest
 
 from usdm_megatron.cli import inspect_store as inspect_cli

@@ -241,7 +241,7 @@ class _ParquetRows:
 
 def _unit_rows(column: Any) -> list[Any]:
     """The units of every row: views of one array where they are lists of integers, else Python's values."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     kind = column.type
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
@@ -254,6 +254,6 @@ def _unit_rows(column: Any) -> list[Any]:
 
 def _pyarrow_parquet() -> Any:
     """`pyarrow.parquet`, which takes a while to import."""
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     return pyarrow.parquet

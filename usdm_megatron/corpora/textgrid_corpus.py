@@ -105,7 +105,7 @@ def read_units(path: Path) -> np.ndarray:
 
 def read_word_tier(path: Path) -> WordTier:
     """The tier `words` of a TextGrid, long or short; raises `Rejected` for anything else, in bounded time."""
-    from praatio import textgrid  # type: ignore[import-untyped]
+    from praatio import textgrid
 
     content = _read(path, _LARGEST_TEXTGRID, TEXTGRID_MISSING, MALFORMED_TEXTGRID)
     _check_form(content)

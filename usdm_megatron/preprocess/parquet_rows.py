@@ -19,7 +19,7 @@ from usdm_megatron.preprocess.rows import (
 )
 
 if TYPE_CHECKING:
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
 # Of a row group, encoded but not compressed: a thousand rows of 8,192 int64, as `datasets` cuts its row
 # groups. Ids take 2 bytes (dictionary) to 8, so a part takes at most four times as much in memory.

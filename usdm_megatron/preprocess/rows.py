@@ -12,7 +12,7 @@ import numpy as np
 from usdm_megatron.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
 ID_COLUMN = "input_ids"
 
@@ -69,7 +69,7 @@ def no_rows_message(name: str) -> str:
 
 def check_id_column(schema: pyarrow.Schema, row_count: int, name: str) -> None:
     """Raise a `DataError` unless a table has rows, and lists of integers in the column `input_ids`."""
-    import pyarrow.types as is_type  # type: ignore[import-untyped]
+    import pyarrow.types as is_type
 
     if ID_COLUMN not in schema.names:
         raise DataError(

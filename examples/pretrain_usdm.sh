@@ -27,6 +27,7 @@
 #   SIGTERM: `srun --ntasks-per-node=8 usdm-megatron pretrain …` takes its ranks from Slurm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/launch.sh
 
 started=$SECONDS
 step() { printf '\n== %s\n' "$*"; }
@@ -98,15 +99,10 @@ demo() {
 # ------------------------------------------------------------------------------------------------- cluster
 
 cluster() {
-    local nnodes="${NNODES:-1}" gpus="${GPUS_PER_NODE:-8}" node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}"
-    local tp="${TP:-2}" pp="${PP:-2}" problems=() name
-    for name in CHECKPOINT DATA OUT; do
-        [ -n "${!name:-}" ] || problems+=("$name is not set; the head of $0 says what it is")
-    done
-    if [ "$nnodes" -gt 1 ]; then
-        [ -n "${MASTER_ADDR:-}" ] || problems+=("MASTER_ADDR is not set; it is the host name of node 0")
-        [ -n "${NODE_RANK:-${SLURM_NODEID:-}}" ] || problems+=("NODE_RANK is not set; it is 0 to $((nnodes - 1))")
-    fi
+    local tp="${TP:-2}" pp="${PP:-2}" problems=() problem name
+    while IFS= read -r problem; do
+        problems+=("$problem")
+    done < <(launch_unset CHECKPOINT DATA OUT)
     [ "${#problems[@]}" -eq 0 ] || die "${problems[@]}"
     # A blend is words; a prefix with a space in it is one. Both are left to the trainer to judge.
     local data=("$DATA")
@@ -127,12 +123,9 @@ cluster() {
     done
     [ "${#problems[@]}" -eq 0 ] || die "${problems[@]}"
 
-    if [ "$nnodes" -eq 1 ]; then
+    if [ "${NNODES:-1}" -eq 1 ]; then
         source scripts/setup.sh demo
     fi
-    export MASTER_PORT="${MASTER_PORT:-29500}"
-    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # order of compute and TP traffic
-
     local train=(
         pretrain --recipe "${RECIPE:-usdm}"
         --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp"
@@ -147,32 +140,7 @@ cluster() {
     [ "$tp" -eq 1 ] || train+=(--sequence-parallel)
     # shellcheck disable=SC2206  # EXTRA_ARGS is a list of words
     train+=(${EXTRA_ARGS:-})
-
-    # Wrong input ends here with one clear message and code 2, before any rank meets another. On one node:
-    # the check reads every byte of the checkpoint.
-    if [ "$node_rank" -eq 0 ]; then
-        "${PYTHON:-python}" -m usdm_megatron.cli "${train[@]}" --dry-run --world-size $((nnodes * gpus))
-    fi
-
-    local marker launcher code=0
-    marker="$(mktemp)"
-    printf '$ torchrun … -m usdm_megatron.cli %s\n' "${train[*]}"
-    "${PYTHON:-python}" -m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$gpus" \
-        --node-rank "$node_rank" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-        -m usdm_megatron.cli "${train[@]}" &
-    launcher=$!
-    trap 'kill -TERM "$launcher" 2>/dev/null || true' TERM INT # bash would wait for the child before it told it
-    while kill -0 "$launcher" 2>/dev/null; do
-        code=0
-        wait "$launcher" || code=$?
-    done
-    if [ "$code" -ne 0 ] && [ "$OUT/exit.json" -nt "$marker" ]; then
-        local own
-        own="$(sed -n -E 's/.*"code": *([0-9]+).*/\1/p' "$OUT/exit.json" | head -n 1)"
-        [ "${own:-0}" -eq 0 ] || code="$own" # a failure of torchrun itself stays one
-    fi
-    rm -f "$marker"
-    return "$code"
+    launch_training "${train[@]}"
 }
 
 if [ -z "${NNODES:-}${CHECKPOINT:-}${DATA:-}" ]; then

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
@@ -70,6 +70,8 @@ specs = st.builds(
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(spec=specs, tied=st.booleans())
+@example(spec=LoraSpec(1, 16.0, 0.0, frozenset(TARGETS), True), tied=True)
+@example(spec=LoraSpec(1, 16.0, 0.0, frozenset(TARGETS), True), tied=False)
 def test_any_adapter(
     bases: dict[Any, Base], tmp_path_factory: pytest.TempPathFactory, spec: LoraSpec, tied: bool
 ) -> None:
@@ -93,10 +95,13 @@ def check_round_trip(base: Base, checkpoint: Path, work: Path) -> Any:
         loaded = peft_model(base.hf, work / "peft")
     loaded.save_pretrained(work / "by peft")
     assert_same_bits(all_tensors(work / "peft"), all_tensors(work / "by peft"))
+    # In fp64, so that what differs is the weights: with alpha 16 over rank 1 the adapter outweighs its base
+    # four times, and peft's own fp32 forward pass is then 6e-6 away from the exact one.
     with torch.no_grad():
-        by_peft = reference.sample_logits(loaded, ROW)
-        by_merged = reference.sample_logits(reference.load_model(work / "merged"), ROW)
-        by_base = reference.sample_logits(reference.load_model(base.hf), ROW)
+        by_peft, by_merged, by_base = (
+            reference.sample_logits(model.double(), ROW)
+            for model in (loaded, reference.load_model(work / "merged"), reference.load_model(base.hf))
+        )
     scale = by_peft.abs().max()
     assert (by_merged - by_peft).abs().max() <= 1e-5 * scale
     assert (by_base - by_peft).abs().max() > 1e-3 * scale

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ import tyro
 from usdm_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
+    from usdm_megatron.checkpoint.adapter_facts import AdapterFacts
     from usdm_megatron.data.blend import TrainRows
 
 
@@ -88,6 +87,7 @@ def _row_name(source: TrainRows, row_id: int) -> str:
 
 
 def _checkpoint(argv: Sequence[str]) -> None:
+    from usdm_megatron.checkpoint.adapter_facts import read_adapter_facts
     from usdm_megatron.checkpoint.facts import read_facts
     from usdm_megatron.checkpoint.resolve import list_steps, resolve_checkpoint
 
@@ -106,37 +106,27 @@ def _checkpoint(argv: Sequence[str]) -> None:
         f"  tokenizer    {facts.tokenizer_sha256 or 'none'}\n"
         f"  size         {size / 2**20:,.1f} MiB"
     )
+    if (adapter := read_adapter_facts(resolved.path)) is not None:
+        print(_describe_adapter(adapter))
     if steps := list_steps(flags.directory):
         print(f"  steps        {' '.join(map(str, steps))}")
 
 
-def _environment(argv: Sequence[str]) -> None:
-    import platform
+def _describe_adapter(adapter: AdapterFacts) -> str:
+    from usdm_megatron.lora_spec import TARGETS
 
-    tyro.cli(_NoFlags, args=list(argv), prog="usdm-megatron inspect env")
-    packages = (
-        "usdm-megatron",
-        "torch",
-        "megatron-core",
-        "transformers",
-        "transformer-engine",
-        "flash-attn",
-        "numpy",
+    spec = adapter.spec
+    targets = " ".join(target for target in TARGETS if target in spec.targets)
+    rows = "trained too" if spec.train_new_embeddings else "the base's"
+    return (
+        f"  adapter      LoRA: r {spec.r}, alpha {spec.alpha:g}, dropout {spec.dropout:g}, on {targets}\n"
+        f"  speech rows  {rows}\n"
+        f"  base         {adapter.base_directory}\n"
+        f"               its integrity.json has sha256 {adapter.base_sha256}"
     )
-    print(f"python {platform.python_version()} on {platform.platform()} ({sys.executable})")
-    for package in packages:
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            version = "not installed"
-        print(f"{package:<20}{version}")
-    import torch
-
-    cuda = torch.cuda.is_available()
-    device = f"{torch.version.cuda}: {torch.cuda.get_device_name()}" if cuda else "none: runs on CPU"
-    print(f"{'cuda':<20}{device}")
 
 
-@dataclass(frozen=True)
-class _NoFlags:
-    """Print the versions that a run would use."""
+def _environment(argv: Sequence[str]) -> int:
+    from usdm_megatron.cli.inspect_env import main as inspect_environment
+
+    return inspect_environment(argv)

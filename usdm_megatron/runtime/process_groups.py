@@ -78,6 +78,7 @@ def open_process_groups(
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
+            order=layout.order,
             create_gloo_process_groups=False,
         )
         yield ProcessGroups(

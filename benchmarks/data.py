@@ -6,12 +6,14 @@
 packed        `preprocess_data.py packed`; the original's stage 4: `load_dataset` of the lines, `map` of split
               and int, `save_to_disk`, with as many processes
 cache         `preprocess_data.py cache`; a loop over the dataset into Megatron's `IndexedDatasetBuilder`, a
-              document a row, of Python lists (the default of `datasets`) and of numpy arrays (its fastest)
+              document a row, of Python lists (the default of `datasets`) and of numpy arrays (its fastest),
+              each as it is and with its files synced to disk, as ours are
 speech-text   `preprocess_data.py speech-text` of a JSONL manifest, two epochs; no peer
 read          `TokenStore`; Megatron's `IndexedDataset` and `GPTDataset` over the same files
 
-Ours also hashes input and output and syncs to disk, the peers do neither. CPU time counts all processes.
-Input is in the page cache. Needs about 25 bytes of disk a token of --tokens and 2 a token of --read-tokens.
+Ours also hashes input and output and syncs to disk, the peers do neither unless it is said. CPU time counts
+all processes. Input is in the page cache. Needs about 25 bytes of disk a token of --tokens and 2 a token of
+--read-tokens.
 """
 
 from __future__ import annotations
@@ -27,13 +29,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-# Worker processes import this file: torch, datasets and Megatron are imported where they are used.
+# Worker processes import this file: torch, datasets, Megatron and commands are imported where they are used.
 from data_inputs import save_dataset, write_manifest, write_store, write_text
 from data_peers import builder_loop, gpt_dataset, read_sequences, stage4
 from side_by_side import Contestant, Measured, machine, measure, print_table
 
-from usdm_megatron.cli.preprocess_corpora import SpeechTextFlags
-from usdm_megatron.cli.preprocess_ids import CacheFlags, PackedFlags
 from usdm_megatron.data.token_store import StorePaths, TokenStore
 from usdm_megatron.vocab import USDM_VOCABULARY
 
@@ -89,6 +89,8 @@ def run_table(table: Table, options: Options) -> list[Measured]:
 
 def packed(options: Options, directory: Path) -> list[Contestant]:
     """Text rows → store, and → the original's cache."""
+    from usdm_megatron.cli.preprocess_ids import PackedFlags
+
     files = write_text(directory, options.tokens, options.seq_length)
     prefix, peer = str(directory / "store"), directory / "stage4"
 
@@ -133,6 +135,8 @@ def _check_same_rows(store: TokenStore, saved: Path) -> None:
 
 def cache(options: Options, directory: Path) -> list[Contestant]:
     """The original's cache → store, and → Megatron's files (in one process: it has no workers)."""
+    from usdm_megatron.cli.preprocess_ids import CacheFlags
+
     saved, prefix, peer = directory / "saved", directory / "store", directory / "megatron"
     save_dataset(saved, options.tokens, options.seq_length)
     contestants = []
@@ -154,11 +158,14 @@ def cache(options: Options, directory: Path) -> list[Contestant]:
                 raise AssertionError("the store and Megatron's file hold different tokens")
             name = f"IndexedDatasetBuilder, {row_format}"
             contestants.append(Contestant(_group(workers), name, theirs, tokens))
+            synced = partial(builder_loop, saved, peer, row_format, sync=True)
+            contestants.append(Contestant(_group(workers), f"{name}, synced", synced, tokens))
     return contestants
 
 
 def speech_text(options: Options, directory: Path) -> list[Contestant]:
     """A manifest of aligned words and units → store."""
+    from usdm_megatron.cli.preprocess_corpora import SpeechTextFlags
     from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 
     manifest = directory / "manifest.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -32,7 +33,9 @@ def _to_ids(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def builder_loop(saved: Path, prefix: Path, row_format: Literal["list", "numpy"]) -> None:
+def builder_loop(
+    saved: Path, prefix: Path, row_format: Literal["list", "numpy"], *, sync: bool = False
+) -> None:
     """A dataset on disk into Megatron's files, a document a row, not cut into samples."""
     import datasets
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -43,6 +46,9 @@ def builder_loop(saved: Path, prefix: Path, row_format: Literal["list", "numpy"]
     for row in rows.with_format("numpy") if row_format == "numpy" else rows:
         builder.add_document(row["input_ids"], [len(row["input_ids"])])
     builder.finalize(str(paths.idx))
+    for path in (paths.bin, paths.idx) if sync else ():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def read_sequences(dataset: Any) -> None:

@@ -65,6 +65,7 @@ demo() {
         --extend-vocab usdm
 
     step "4/7 preprocess: utterances → packed token stores; dialogs → stores for fine-tuning"
+    # shellcheck disable=SC2054  # the comma is the value's
     local preprocess=(--tokenizer "$out/model" --seq-length 128 --split 0.95,0.05)
     run python tools/preprocess_data.py speech-text --manifest "$out/corpus/speech.jsonl" --epochs 2 \
         "${preprocess[@]}" --output-prefix "$out/data"
@@ -87,9 +88,8 @@ demo() {
 
     step "6/7 export: checkpoint → Hugging Face, and compare the logits of both"
     run python tools/convert_hf_checkpoint.py export --load "$out/run" --hf-path "$out/exported"
-    # Trained logits reach 16, where the default tolerance of 1e-5 is ten fp32 roundings (seen: 1.1e-5).
     run python tools/convert_hf_checkpoint.py verify --hf-path "$out/exported" --load "$out/run" \
-        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --tolerance 1e-4 --json "$out/verify.json"
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --json "$out/verify.json"
 
     step "7/7 result"
     run python -m usdm_megatron.demo.report --output-dir "$out"

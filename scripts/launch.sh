@@ -5,14 +5,17 @@
 #   launch_unset NAME …         a line for each of these variables that is not set, and for what more nodes need
 #   launch_training FLAG …      `usdm-megatron FLAG …` on this node's GPUs; returns the run's own exit code
 #
-# Read: NNODES (1), GPUS_PER_NODE (8), NODE_RANK (SLURM_NODEID, 0), MASTER_ADDR, MASTER_PORT (29500), OUT, PYTHON.
+# Read: NNODES (1), GPUS_PER_NODE (8), NODE_RANK (SLURM_NODEID, 0), MASTER_ADDR, MASTER_PORT (29500), OUT, PYTHON,
+#       LAUNCHER=torchrun  one launcher a node, which starts its ranks; or
+#                srun      this shell, in an allocation, starts all of them: a Slurm task a rank
+#       DRY_RUN=1          print the command that would start the ranks, and stop
 
 launch_unset() {
     local name
     for name in "$@"; do
         [ -n "${!name:-}" ] || printf '%s is not set; the head of %s says what it is\n' "$name" "$0"
     done
-    if [ "${NNODES:-1}" -gt 1 ]; then
+    if [ "${NNODES:-1}" -gt 1 ] && [ "${LAUNCHER:-torchrun}" = torchrun ]; then
         [ -n "${MASTER_ADDR:-}" ] || printf 'MASTER_ADDR is not set; it is the host name of node 0\n'
         [ -n "${NODE_RANK:-${SLURM_NODEID:-}}" ] || printf 'NODE_RANK is not set; it is 0 to %d\n' $((NNODES - 1))
     fi
@@ -20,8 +23,32 @@ launch_unset() {
 
 launch_training() {
     local python="${PYTHON:-python}" nnodes="${NNODES:-1}" gpus="${GPUS_PER_NODE:-8}"
-    local node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}" marker launcher code=0
+    local node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}" marker launcher code=0 ranks=()
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # order of compute and TP traffic
+    case "${LAUNCHER:-torchrun}" in
+        torchrun)
+            ranks=("$python" -m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$gpus"
+                --node-rank "$node_rank" --master-addr "${MASTER_ADDR:-127.0.0.1}"
+                --master-port "${MASTER_PORT:-29500}")
+            ;;
+        srun)
+            # No torchrun, which ends its ranks 30 s after SIGTERM: a checkpoint may take longer. The first
+            # rank that fails ends the step.
+            ranks=(srun --nodes "$nnodes" --ntasks "$((nnodes * gpus))" --ntasks-per-node "$gpus"
+                --kill-on-bad-exit=1 "$python")
+            node_rank=0
+            ;;
+        *)
+            printf 'error: LAUNCHER is %s; it must be torchrun or srun\n' "$LAUNCHER" >&2
+            return 2
+            ;;
+    esac
+    ranks+=(-m usdm_megatron.cli "$@")
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "${ranks[@]}"
+        printf '\n'
+        return
+    fi
 
     # Wrong input ends here with one clear message and code 2, before any rank meets another. On one node:
     # the check reads every byte of the checkpoint.
@@ -30,10 +57,8 @@ launch_training() {
     fi
 
     marker="$(mktemp)"
-    printf '$ torchrun … -m usdm_megatron.cli %s\n' "$*"
-    "$python" -m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$gpus" \
-        --node-rank "$node_rank" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-        -m usdm_megatron.cli "$@" &
+    printf '$ %s … -m usdm_megatron.cli %s\n' "${LAUNCHER:-torchrun}" "$*"
+    "${ranks[@]}" &
     launcher=$!
     # shellcheck disable=SC2064  # the id of this launcher, now
     trap "kill -TERM $launcher 2>/dev/null || true" TERM INT # bash would wait for the child before it told it

@@ -31,6 +31,7 @@ _SFT = "tests/training/test_sft_oracle.py::test_fine_tuning_equals_plain_pytorch
 _LORA = "tests/training/test_lora.py::"
 _LORA_PARITY = "tests/model_floor/test_lora_parity.py::test_equals_peft"
 _LORA_LAYOUTS = "tests/model_floor/test_lora_layouts.py::"
+_PEFT = "tests/convert_floor/test_peft_round_trip.py::"
 _LATE_GATHER = "test_a_checkpoint_holds_the_last_update_when_parameters_are_gathered_late"
 _CORRECTED = "tests/training/test_faults_caught.py::test_corrected_training_equals_plain_pytorch"
 
@@ -296,6 +297,15 @@ FAULTS = (
         "self.lora.r, self.lora_fan_in, seed) * self.lora_group.size() ** (0.5 * self.lora_row_parallel)",
         (f"{_LORA_LAYOUTS}test_initial_values_at_any_layout", f"{_LORA}test_training_equals_peft[2x1x1]"),
         "A's spread grows with the tensor parallel size, and with it the learning rate it feels",
+    ),
+    Fault(
+        "merged-in-another-qkv-order",
+        "usdm_megatron/convert/adapter_weights.py",
+        "parts = self._parts_by_weight.get(hf_name)",
+        'swapped = hf_name.replace(".k_", ".?_").replace(".v_", ".k_").replace(".?_", ".v_")\n'
+        "        parts = self._parts_by_weight.get(swapped)",
+        (f"{_PEFT}test_any_layout_of_saving[2x1]",),
+        "keys and values have one shape: the merged model loads, talks, and is another one than was trained",
     ),
     Fault(
         "dropout-not-replayed-by-recompute",

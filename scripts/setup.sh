@@ -159,7 +159,7 @@ _usdm_setup() {
     constraints="$(mktemp)"
     "$PYTHON" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$constraints"
     _usdm_say "installing usdm_megatron and what it needs (torch stays as it is: $(cat "$constraints"))"
-    _usdm_pip --constraint "$constraints" --editable "$_usdm_root[$extra]" || return 1
+    _usdm_pip --constraint "$constraints" --editable "${_usdm_root}[$extra]" || return 1
     rm -f "$constraints"
     _usdm_stamp_text "$extra" >"$stamp"
     _usdm_say "done in $((SECONDS - started)) s"

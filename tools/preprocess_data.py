@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usdm_megatron.cli.entry import run_guarded  # noqa: E402
-from usdm_megatron.cli.preprocess import main  # noqa: E402
+if __name__ == "__main__":  # the workers import this file too, and need none of what parses a command line
+    from usdm_megatron.cli.entry import run_guarded
+    from usdm_megatron.cli.preprocess import main
 
-if __name__ == "__main__":
     sys.exit(run_guarded(main, sys.argv[1:]))

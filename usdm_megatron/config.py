@@ -8,16 +8,16 @@ What needs a checkpoint, a token store or a world size to be checked is checked 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from usdm_megatron.blend_config import WeightedStore, blend_problems, parse_blend
+from usdm_megatron.config_checks import below_one, meaningless
 from usdm_megatron.errors import ConfigError
 from usdm_megatron.lora_spec import LoraSpec
+from usdm_megatron.parallel_config import ParallelConfig as ParallelConfig
 from usdm_megatron.recipes import DEFAULT_RECIPE, RecipeName, Task, recipe_fields
 
 CoreAttention = Literal["auto", "te", "flash", "torch"]
@@ -38,75 +38,6 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         return []
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model and the batch are divided among ranks."""
-
-    tensor_model_parallel_size: int = 1
-    """tensor parallel ranks"""
-    pipeline_model_parallel_size: int = 1
-    """pipeline stages"""
-    num_virtual_stages_per_pipeline_rank: int = 1
-    """model chunks a rank holds (interleaved pipeline)"""
-    sequence_parallel: bool = False
-    """shard norms and residuals along the sequence over tensor parallel ranks"""
-    recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """activation recompute: none, selected modules, or whole layers"""
-    recompute_modules: tuple[str, ...] = ("core_attn",)
-    """modules that selective recompute covers: core_attn, mlp, layernorm"""
-    recompute_method: Literal["uniform", "block"] = "uniform"
-    """which layers full recompute covers"""
-    recompute_num_layers: int = 1
-    """layers in a recomputed group (uniform) or recomputed layers a stage (block)"""
-    overlap_grad_reduce: bool = False
-    """reduce gradients while the backward pass runs"""
-    overlap_param_gather: bool = False
-    """gather parameters while the forward pass runs"""
-    overlap_p2p_communication: bool = True
-    """overlap pipeline sends with compute (interleaved pipeline only)"""
-    distributed_timeout_minutes: float = 10.0
-    """after this many minutes a stuck collective ends the run"""
-
-    def problems(self) -> list[str]:
-        problems = _below_one(
-            "parallel",
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            num_virtual_stages_per_pipeline_rank=self.num_virtual_stages_per_pipeline_rank,
-            recompute_num_layers=self.recompute_num_layers,
-        )
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            problems.append(
-                "parallel: --sequence-parallel shards over tensor parallel ranks and there is one; "
-                "drop it or set --tensor-model-parallel-size 2 or more"
-            )
-        if self.num_virtual_stages_per_pipeline_rank > 1:
-            if self.pipeline_model_parallel_size == 1:
-                problems.append(
-                    "parallel: virtual stages need a pipeline; set --pipeline-model-parallel-size 2 or more"
-                )
-            elif self.pipeline_model_parallel_size == 2 and not self.overlap_p2p_communication:
-                # megatron-core 0.16.1 crosses the messages of the two neighbours, silently
-                problems.append(
-                    "parallel: an interleaved pipeline of 2 stages gives a wrong loss without "
-                    "overlapped p2p; "
-                    "drop --no-overlap-p2p-communication"
-                )
-        unknown = sorted(set(self.recompute_modules) - {"core_attn", "mlp", "layernorm"})
-        if unknown:
-            problems.append(
-                f"parallel: recompute module {', '.join(unknown)} is not one of core_attn, mlp, layernorm"
-            )
-        if self.overlap_param_gather and not self.overlap_grad_reduce:
-            problems.append("parallel: --overlap-param-gather needs --overlap-grad-reduce; set both")
-        if self.distributed_timeout_minutes <= 0:
-            problems.append(
-                f"parallel: distributed_timeout_minutes is {self.distributed_timeout_minutes}; it "
-                "must be positive"
-            )
-        return problems
 
 
 @dataclass(frozen=True)
@@ -133,7 +64,7 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         problems = [] if self.train_data_path is None else blend_problems(self.train_data_path)
-        return problems + _below_one(
+        return problems + below_one(
             "data",
             seq_length=self.seq_length,
             micro_batch_size=self.micro_batch_size,
@@ -174,6 +105,12 @@ class OptimizerConfig:
     """decay of the second moment"""
     adam_eps: float = 1e-8
     """added to the denominator"""
+    use_precision_aware_optimizer: bool = False
+    """Transformer Engine's Adam keeps the masters, 2 bytes each beside the bf16 weights (CUDA)"""
+    optimizer_cpu_offload: bool = False
+    """keep masters and moments in host memory, and update there (with the precision-aware optimizer)"""
+    optimizer_offload_fraction: float = 1.0
+    """share of them that --optimizer-cpu-offload takes"""
 
     def problems(self) -> list[str]:
         problems = [
@@ -197,6 +134,16 @@ class OptimizerConfig:
             )
             if not 0 <= value < 1
         ]
+        if not 0 < self.optimizer_offload_fraction <= 1:
+            problems.append(
+                f"optimizer: optimizer_offload_fraction is {self.optimizer_offload_fraction}; it must be in "
+                "(0, 1]"
+            )
+        if self.optimizer_cpu_offload and not self.use_precision_aware_optimizer:
+            problems.append(
+                "optimizer: --optimizer-cpu-offload alone would leave the masters on the GPU; add "
+                "--use-precision-aware-optimizer"
+            )
         if self.min_lr > self.lr:
             problems.append(f"optimizer: min_lr {self.min_lr} is above lr {self.lr}; lower it")
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters is not None:
@@ -220,6 +167,8 @@ class TrainingConfig:
     """seed of shuffling and dropout"""
     bf16: bool = False
     """bf16 weights and activations with fp32 masters (default: on CUDA yes, on CPU no)"""
+    deterministic_mode: bool = False
+    """the same run gives the same bits: deterministic kernels and reductions alone, slower"""
     train_sample_boundaries: bool = _RECIPE["training"]["train_sample_boundaries"]
     """train the step from a sample's eos to the next one's bos (recipe)"""
     loss_reduction: LossReduction = _RECIPE["training"]["loss_reduction"]
@@ -237,11 +186,11 @@ class TrainingConfig:
             )
             if value is not None
         }
-        problems = _below_one("training", **durations)
+        problems = below_one("training", **durations)
         if len(durations) > 1:
             problems.append(f"training: {' and '.join(durations)} are given together; keep exactly one")
         if isinstance(self.eval_interval, int):
-            problems += _below_one("training", eval_interval=self.eval_interval)
+            problems += below_one("training", eval_interval=self.eval_interval)
         return problems
 
 
@@ -263,7 +212,7 @@ class LoraConfig:
     )
     """projections that get an adapter: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"""
     train_new_embeddings: bool = _RECIPE["lora"]["train_new_embeddings"]
-    """train the embedding and output rows of the speech ids too (recipe)"""
+    """train the embedding and output rows of the speech ids too (recipe; default of sft: no)"""
 
     @property
     def spec(self) -> LoraSpec | None:
@@ -306,9 +255,9 @@ class CheckpointConfig:
     def problems(self) -> list[str]:
         problems = []
         if isinstance(self.save_interval, int):
-            problems += _below_one("checkpoint", save_interval=self.save_interval)
+            problems += below_one("checkpoint", save_interval=self.save_interval)
         if self.save_total_limit is not None:
-            problems += _below_one("checkpoint", save_total_limit=self.save_total_limit)
+            problems += below_one("checkpoint", save_total_limit=self.save_total_limit)
         return problems
 
 
@@ -328,7 +277,7 @@ class LoggingConfig:
     """Weights & Biases team"""
 
     def problems(self) -> list[str]:
-        return _below_one("logging", log_interval=self.log_interval)
+        return below_one("logging", log_interval=self.log_interval)
 
 
 @dataclass(frozen=True)
@@ -360,7 +309,9 @@ class RunConfig:
             "logging": self.logging,
         }
         problems = [problem for section in sections.values() for problem in section.problems()]
-        problems += [problem for name, section in sections.items() for problem in _meaningless(name, section)]
+        problems += [problem for name, section in sections.items() for problem in meaningless(name, section)]
+        if not self.training.bf16:
+            problems += self._of_bf16_alone()
         tokens = self.data.micro_batch_size * self.data.seq_length
         tp = self.parallel.tensor_model_parallel_size
         if self.parallel.sequence_parallel and tp > 1 and tokens % tp:
@@ -371,22 +322,17 @@ class RunConfig:
         if problems:
             raise ConfigError(*problems)
 
-
-def _meaningless(section: str, fields: Any) -> list[str]:
-    """NaN and infinity, which comparisons let pass, and empty strings: an unset shell variable."""
-    values = {entry.name: getattr(fields, entry.name) for entry in dataclasses.fields(fields)}
-    return [
-        f"{section}: {name} is {value}; it must be a finite number"
-        for name, value in values.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ] + [
-        f"{section}: {name} is empty; give a value or drop --{name.replace('_', '-')}"
-        for name, value in values.items()
-        if isinstance(value, str) and not value.strip()
-    ]
-
-
-def _below_one(section: str, **values: int) -> list[str]:
-    return [
-        f"{section}: {name} is {value}; it must be at least 1" for name, value in values.items() if value < 1
-    ]
+    def _of_bf16_alone(self) -> list[str]:
+        asked = {
+            "parallel: --no-accumulate-allreduce-grads-in-fp32 keeps gradients in the dtype of the weights": (
+                not self.parallel.accumulate_allreduce_grads_in_fp32
+            ),
+            "optimizer: --use-precision-aware-optimizer keeps masters beside 16-bit weights": (
+                self.optimizer.use_precision_aware_optimizer
+            ),
+        }
+        return [
+            f"{what}, and they are fp32; drop it or set --bf16"
+            for what, is_asked in asked.items()
+            if is_asked
+        ]

@@ -74,14 +74,14 @@ def layered_defaults(
     name: RecipeName = recipe or tree.get("recipe", DEFAULT_RECIPE)
     if recipe is not None and tree.get("recipe", recipe) != recipe:
         # the file was resolved under another recipe: that recipe's own choices give way, its edits stay
-        previous = recipe_fields(tree["recipe"])
+        previous = recipe_fields(tree["recipe"], task)
         tree = {
             section: {k: v for k, v in fields.items() if previous.get(section, {}).get(k, _UNSET) != v}
             if isinstance(fields, dict)
             else fields
             for section, fields in tree.items()
         }
-    layers = (machine, task_fields(task), recipe_fields(name), tree)
+    layers = (machine, task_fields(task), recipe_fields(name, task), tree)
     sections = {
         section: cls(**{field: value for layer in layers for field, value in layer.get(section, {}).items()})
         for section, cls in section_types().items()

@@ -1,14 +1,15 @@
-"""How ranks are divided among tensor, pipeline and data parallelism: arithmetic only.
-
-Rank order is megatron-core's default `tp-cp-ep-dp-pp`: tensor parallel
-neighbours are adjacent, then data parallel, pipeline stages lie furthest apart.
-"""
+"""How ranks are divided among tensor, pipeline and data parallelism: arithmetic only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from usdm_megatron.config_checks import below_one
 from usdm_megatron.errors import ConfigError
+
+Axis = Literal["tp", "dp", "pp"]
+RankOrder = Literal["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"]
 
 
 @dataclass(frozen=True)
@@ -22,24 +23,22 @@ class RankCoordinates:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """A division of `world_size` ranks into tp x dp x pp, with `vpp` model chunks a rank."""
+    """A division of `world_size` ranks into tp x dp x pp, with `vpp` model chunks a rank.
+
+    `order` names the axes from the closest ranks to those furthest apart, in megatron-core's words: tensor
+    parallel neighbours are adjacent, then come data parallel ranks and last pipeline stages, or the other
+    way round (Megatron's `--use-tp-pp-dp-mapping`). cp and ep, of one rank each, change nothing.
+    """
 
     world_size: int
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    order: RankOrder = "tp-cp-ep-dp-pp"
 
     def __post_init__(self) -> None:
-        problems = [
-            f"parallel: {name} is {size}; it must be at least 1"
-            for name, size in (
-                ("tp", self.tp),
-                ("pp", self.pp),
-                ("vpp", self.vpp),
-                ("world size", self.world_size),
-            )
-            if size < 1
-        ]
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "world size": self.world_size}
+        problems = below_one("parallel", **sizes)
         if not problems and self.world_size % (self.tp * self.pp):
             ranks = self.tp * self.pp
             problems.append(
@@ -56,13 +55,34 @@ class ParallelLayout:
         """Data parallel size: how many ranks read different rows."""
         return self.world_size // (self.tp * self.pp)
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """tp, dp and pp, ranks that are closest together first."""
+        return ("tp", "dp", "pp") if self.order == "tp-cp-ep-dp-pp" else ("tp", "pp", "dp")
+
     def coordinates(self, rank: int) -> RankCoordinates:
         """Coordinates of global rank `rank`."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside world size {self.world_size}")
-        return RankCoordinates(
-            tp=rank % self.tp, dp=rank // self.tp % self.dp, pp=rank // (self.tp * self.dp)
-        )
+        places = {}
+        for axis in self.axes:
+            rank, places[axis] = divmod(rank, self._size(axis))
+        return RankCoordinates(**places)
+
+    def rank_of(self, place: RankCoordinates) -> int:
+        """The global rank at these coordinates."""
+        rank = 0
+        for axis in reversed(self.axes):
+            index, size = getattr(place, axis), self._size(axis)
+            if not 0 <= index < size:
+                raise ValueError(f"{axis} rank {index} is outside {axis}={size}")
+            rank = rank * size + index
+        return rank
+
+    def group(self, rank: int, axis: Axis) -> tuple[int, ...]:
+        """Global ranks of the group of `rank` along `axis`, in the order of their coordinate."""
+        here = self.coordinates(rank)
+        return tuple(self.rank_of(replace(here, **{axis: index})) for index in range(self._size(axis)))
 
     def micro_batches(self, global_batch_size: int, micro_batch_size: int) -> int:
         """Micro-batches that each data parallel rank runs in one step."""
@@ -85,3 +105,6 @@ class ParallelLayout:
                 f"pp={self.pp}; set --global-batch-size to a multiple of {rows * self.pp}"
             ]
         return []
+
+    def _size(self, axis: Axis) -> int:
+        return {"tp": self.tp, "dp": self.dp, "pp": self.pp}[axis]

@@ -25,14 +25,19 @@ _DIFFERENCES: dict[tuple[str, str], tuple[Any, Any]] = {
     # of LoRA: whether the rows of the speech ids, random in a freshly extended model, train too
     ("lora", "train_new_embeddings"): (False, True),
 }
+# Fine-tuning starts from rows that pre-training has learnt, and leaves them, as PEFT does: with them an
+# adapter of the 7B model (r 8) is 25 times as large.
+_OF_PRETRAINING = {("lora", "train_new_embeddings")}
 
 
-def recipe_fields(recipe: RecipeName) -> dict[str, dict[str, Any]]:
-    """Section → field → value of everything that `recipe` decides."""
+def recipe_fields(recipe: RecipeName, task: Task = "pretrain") -> dict[str, dict[str, Any]]:
+    """Section → field → value of everything that `recipe` decides for `task`."""
     column = 0 if recipe == "usdm" else 1
     fields: dict[str, dict[str, Any]] = {}
-    for (section, field), values in _DIFFERENCES.items():
-        fields.setdefault(section, {})[field] = values[column]
+    for key, values in _DIFFERENCES.items():
+        if task == "pretrain" or key not in _OF_PRETRAINING:
+            section, field = key
+            fields.setdefault(section, {})[field] = values[column]
     return fields
 
 
@@ -40,7 +45,7 @@ def recipe_fields(recipe: RecipeName) -> dict[str, dict[str, Any]]:
 # is 2 rows x 4 accumulated on each process, the 8 rows of `--global-batch-size` on one.
 _SFT_FIELDS: dict[str, dict[str, Any]] = {
     "data": {"micro_batch_size": 2, "shuffle": True, "row_padding": "step"},
-    "lora": {"alpha": 16.0},
+    "lora": {"alpha": 16.0, "train_new_embeddings": False},
 }
 
 

@@ -15,7 +15,9 @@ TABLES = {
     "cache": [
         ("1 worker", "cache (ours)"),
         ("1 worker", "IndexedDatasetBuilder, list"),
+        ("1 worker", "IndexedDatasetBuilder, list, synced"),
         ("1 worker", "IndexedDatasetBuilder, numpy"),
+        ("1 worker", "IndexedDatasetBuilder, numpy, synced"),
     ],
     "speech-text": [("1 worker", "30 utterances x 2")],
     "read": [

@@ -67,6 +67,7 @@ def sections() -> dict[str, st.SearchStrategy[Any]]:
         ParallelConfig: {
             "tensor_model_parallel_size": st.sampled_from([2, 4, 8]),
             "pipeline_model_parallel_size": st.sampled_from([3, 4]),
+            "pipeline_model_parallel_layout": st.none(),
             "recompute_modules": st.lists(st.sampled_from(["core_attn", "mlp", "layernorm"]), max_size=3).map(
                 tuple
             ),
@@ -84,8 +85,15 @@ def sections() -> dict[str, st.SearchStrategy[Any]]:
             "lr_warmup_iters": st.none(),
             "adam_beta1": SHARE,
             "adam_beta2": SHARE,
+            "use_precision_aware_optimizer": st.just(True),
+            "optimizer_offload_fraction": st.floats(0, 1, exclude_min=True),
         },
-        TrainingConfig: {"train_samples": st.none(), "num_train_epochs": st.none(), "seed": st.integers()},
+        TrainingConfig: {
+            "train_samples": st.none(),
+            "num_train_epochs": st.none(),
+            "seed": st.integers(),
+            "bf16": st.just(True),
+        },
         LoraConfig: {
             "alpha": st.floats(1e-3, 1e3),
             "dropout": SHARE,
@@ -161,6 +169,16 @@ def test_recipes_differ_in_the_named_fields(recipe: RecipeName) -> None:
         if getattr(getattr(config, section), field.name) != getattr(getattr(other, section), field.name)
     }
     assert changed == set(DIFFERENCES)
+
+
+def test_fine_tuning_leaves_the_new_rows_to_pretraining() -> None:
+    """Under both recipes, and when a file changes its recipe; a flag trains them."""
+    configs = {recipe: sft.parse(["--recipe", recipe])[1] for recipe in RECIPES}
+    key = ("lora", "train_new_embeddings")
+    for recipe, config in configs.items():
+        others = {name: values[recipe] for name, values in DIFFERENCES.items() if name != key}
+        assert value_of(config) == {**others, key: False}
+    assert sft.parse(["--lora", "--train-new-embeddings"])[1].lora.train_new_embeddings
 
 
 def value_of(config: RunConfig) -> dict[tuple[str, str], Any]:
@@ -325,6 +343,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         changed("parallel", distributed_timeout_minutes=0),
         "distributed_timeout_minutes is 0; it must be positive",
     ),
+    (
+        changed("parallel", decoder_first_pipeline_num_layers=2),
+        "the layers of pipeline stages are given and there is one stage; set --pipeline-model-parallel-size",
+    ),
+    (
+        changed("parallel", accumulate_allreduce_grads_in_fp32=False),
+        "and they are fp32; drop it or set --bf16",
+    ),
+    (changed("optimizer", use_precision_aware_optimizer=True), "and they are fp32; drop it or set --bf16"),
+    (changed("optimizer", optimizer_cpu_offload=True), "would leave the masters on the GPU; add --use-prec"),
+    (
+        changed("optimizer", optimizer_offload_fraction=0.0),
+        "optimizer_offload_fraction is 0.0; it must be in (0",
+    ),
     (changed("parallel", distributed_timeout_minutes=math.inf), "is inf; it must be a finite number"),
     (changed("data", seq_length=0), "data: seq_length is 0"),
     (changed("optimizer", weight_decay=-1e-5), "optimizer: weight_decay is -1e-05; it must not be negative"),
@@ -381,6 +413,7 @@ def test_config_is_frozen() -> None:
 
 
 def test_tables_of_defaults_name_existing_fields() -> None:
-    for table in (*map(recipe_fields, RECIPES), *map(task_fields, TASKS)):
+    recipes = (recipe_fields(recipe, task) for recipe in RECIPES for task in TASKS)
+    for table in (*recipes, *map(task_fields, TASKS)):
         for section, fields in table.items():
             assert set(fields) <= {field.name for field in dataclasses.fields(section_types()[section])}

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import itertools
+import typing
 from typing import Any
 
 import pytest
 
 from tests.ranks import run_ranks
 from usdm_megatron.errors import ConfigError
-from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.layout import ParallelLayout, RankCoordinates, RankOrder
 
+ORDERS: tuple[RankOrder, ...] = typing.get_args(RankOrder)
 SHAPES = [shape for shape in itertools.product((1, 2, 3, 4), repeat=3) if max(shape) > 1]
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("tp", "pp", "dp"), SHAPES)
-def test_groups_are_those_of_core(tp: int, pp: int, dp: int) -> None:
+def test_groups_are_those_of_core(tp: int, pp: int, dp: int, order: RankOrder) -> None:
     from megatron.core.parallel_state import RankGenerator
 
-    layout = ParallelLayout(tp * pp * dp, tp, pp)
+    layout = ParallelLayout(tp * pp * dp, tp, pp, order=order)
     assert layout.dp == dp
-    core = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+    core = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=1, order=order)
     places = [layout.coordinates(rank) for rank in range(layout.world_size)]
-    assert len(set(places)) == layout.world_size
+    assert [layout.rank_of(place) for place in places] == list(range(layout.world_size))
     for axis in ("tp", "pp", "dp"):
         others = [name for name in ("tp", "pp", "dp") if name != axis]
         for group in core.get_ranks(axis):
+            assert all(layout.group(rank, axis) == tuple(group) for rank in group)
             assert [getattr(places[rank], axis) for rank in group] == list(range(len(group)))
             assert len({tuple(getattr(places[rank], name) for name in others) for rank in group}) == 1
 
 
-def place_job(environment: Any, store: Any, tp: int, pp: int) -> tuple[Any, Any, Any]:
+def place_job(environment: Any, store: Any, tp: int, pp: int, order: RankOrder) -> tuple[Any, Any, Any]:
     """Where this rank is, says the layout; says core; and the global ranks of its tp, pp and dp groups."""
     from datetime import timedelta
 
@@ -39,7 +43,7 @@ def place_job(environment: Any, store: Any, tp: int, pp: int) -> tuple[Any, Any,
 
     from usdm_megatron.runtime.process_groups import open_process_groups
 
-    layout = ParallelLayout(environment.world_size, tp, pp)
+    layout = ParallelLayout(environment.world_size, tp, pp, order=order)
     with open_process_groups(layout, environment, timeout=timedelta(seconds=60), store=store) as groups:
         place = groups.coordinates
         assert groups.rank == environment.rank == dist.get_rank()
@@ -56,18 +60,16 @@ def place_job(environment: Any, store: Any, tp: int, pp: int) -> tuple[Any, Any,
         )
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 2, 1), (1, 2, 2), (2, 1, 2)])
-def test_opened_groups_are_the_layouts(tp: int, pp: int, dp: int) -> None:
-    layout = ParallelLayout(tp * pp * dp, tp, pp)
-    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
-    for rank, (ours, cores, opened) in enumerate(run_ranks(layout.world_size, place_job, tp, pp)):
-        here = places[rank]
+OPENED = [(2, 2, 1, ORDERS[0]), (1, 2, 2, ORDERS[0]), (1, 2, 2, ORDERS[1]), (2, 1, 2, ORDERS[0])]
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp", "order"), OPENED)
+def test_opened_groups_are_the_layouts(tp: int, pp: int, dp: int, order: RankOrder) -> None:
+    layout = ParallelLayout(tp * pp * dp, tp, pp, order=order)
+    for rank, (ours, cores, opened) in enumerate(run_ranks(layout.world_size, place_job, tp, pp, order)):
+        here = layout.coordinates(rank)
         assert ours == cores == (here.tp, here.pp, here.dp)
-        assert opened == (
-            [r for r, p in enumerate(places) if (p.pp, p.dp) == (here.pp, here.dp)],
-            [r for r, p in enumerate(places) if (p.tp, p.dp) == (here.tp, here.dp)],
-            [r for r, p in enumerate(places) if (p.tp, p.pp) == (here.tp, here.pp)],
-        )
+        assert opened == tuple(list(layout.group(rank, axis)) for axis in ("tp", "pp", "dp"))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,8 @@ def test_a_rank_outside_the_world_is_our_bug() -> None:
     for rank in (-1, 4):
         with pytest.raises(ValueError, match="outside world size 4"):
             ParallelLayout(4).coordinates(rank)
+    with pytest.raises(ValueError, match="pp rank 2 is outside pp=2"):
+        ParallelLayout(4, pp=2).rank_of(RankCoordinates(tp=0, dp=1, pp=2))
 
 
 @pytest.mark.parametrize(("dp", "micro"), list(itertools.product((1, 2, 3), (1, 2))))

@@ -351,7 +351,7 @@ def test_numbers_are_checked_at_birth() -> None:
         ImportOptions(hf_path="a", save=Path("b"), seed=-1)
     with pytest.raises(ConversionError) as refused:
         VerifyOptions(
-            hf_path=Path("a"),
+            hf_path="a",
             load=Path("b"),
             tensor_model_parallel_size=0,
             tolerance=float("nan"),

@@ -87,7 +87,7 @@ def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_logits_equal_transformers(tp: int, pp: int, llama: Converted) -> None:
     options = VerifyOptions(
-        hf_path=llama.hf,
+        hf_path=str(llama.hf),
         load=llama.root,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

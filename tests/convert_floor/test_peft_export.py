@@ -197,7 +197,7 @@ def test_flags_that_do_not_go_with_the_checkpoint(tmp_path: Path, capsys: pytest
     assert "whole model and no adapter; drop --merge-lora" in export(base, "--merge-lora")
     assert "--adapter-only and --merge-lora exclude" in export(base, "--merge-lora", "--adapter-only")
     with pytest.raises(CheckpointError, match="holds a LoRA adapter without its base"):
-        compare_weights(VerifyOptions(hf_path=tmp_path / "hf", load=tmp_path / "ck", mode="weights"))
+        compare_weights(VerifyOptions(hf_path=str(tmp_path / "hf"), load=tmp_path / "ck", mode="weights"))
 
 
 def test_what_a_target_may_be(tmp_path: Path) -> None:

@@ -238,10 +238,10 @@ def test_cores_stock_model_loads_it_strictly_and_computes_transformers_logits(
 
 
 def test_verify_weights(extended: Path, plain_model: Path, exported: Path, tmp_path: Path) -> None:
-    against_source = compare_weights(VerifyOptions(hf_path=plain_model, load=extended, mode="weights"))
+    against_source = compare_weights(VerifyOptions(hf_path=str(plain_model), load=extended, mode="weights"))
     assert (against_source.compared_ids, against_source.ids, against_source.tensors) == (32_000, 42_003, 30)
     assert "32,000 rows" in against_source.describe()
-    against_export = compare_weights(VerifyOptions(hf_path=exported, load=extended, mode="weights"))
+    against_export = compare_weights(VerifyOptions(hf_path=str(exported), load=extended, mode="weights"))
     assert (against_export.compared_ids, against_export.ids) == (42_003, 42_003)
     other = tmp_path / "other"
     shutil.copytree(plain_model, other)
@@ -251,10 +251,10 @@ def test_verify_weights(extended: Path, plain_model: Path, exported: Path, tmp_p
 
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=r"layers.1.self_attn.k_proj.weight: 1 of 160 values differ"):
-        compare_weights(VerifyOptions(hf_path=other, load=extended, mode="weights"))
+        compare_weights(VerifyOptions(hf_path=str(other), load=extended, mode="weights"))
     edit_json(other / "config.json", rms_norm_eps=1e-5)
     with pytest.raises(ConversionError, match="rms_eps: 0.0003 != 1e-05"):
-        compare_weights(VerifyOptions(hf_path=other, load=extended, mode="weights"))
+        compare_weights(VerifyOptions(hf_path=str(other), load=extended, mode="weights"))
 
 
 # ── types, shards, configs ──

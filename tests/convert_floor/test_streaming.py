@@ -181,7 +181,7 @@ def test_a_token_that_is_there_already_is_refused_before_anything(plain_model: P
 
 
 def test_flags_of_the_other_mode_are_refused() -> None:
-    options: dict[str, Any] = {"hf_path": Path("a"), "load": Path("b"), "mode": "weights"}
+    options: dict[str, Any] = {"hf_path": "a", "load": Path("b"), "mode": "weights"}
     VerifyOptions(**options)
     with pytest.raises(ConversionError) as refused:
         VerifyOptions(**options, json=Path("c"), tolerance=1.0)

@@ -96,7 +96,7 @@ def test_the_first_difference_is_at_the_wrong_weight(
 ) -> None:
     options = [
         VerifyOptions(
-            hf_path=hf,
+            hf_path=str(hf),
             load=models.root,
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
@@ -129,7 +129,9 @@ def test_how_much_it_differs_is_what_transformers_itself_says(models: Models, tm
     from usdm_megatron.convert.verification_row import build_verification_row
 
     tensor = "model.layers.1.mlp.up_proj.weight"
-    options = VerifyOptions(hf_path=models.wrong[tensor], load=models.root, json=tmp_path / "report.json")
+    options = VerifyOptions(
+        hf_path=str(models.wrong[tensor]), load=models.root, json=tmp_path / "report.json"
+    )
     run_ranks(1, verify, [options], 512)
     layers = json.loads((tmp_path / "report.json").read_text())["layers"]
 
@@ -153,7 +155,7 @@ def test_how_much_it_differs_is_what_transformers_itself_says(models: Models, tm
 
 def test_nan_is_a_difference_and_the_report_stays_json(models: Models, tmp_path: Path) -> None:
     broken = with_wrong_number(models.hf, tmp_path / "nan", "model.layers.2.mlp.up_proj.weight", math.nan)
-    options = VerifyOptions(hf_path=broken, load=models.root, json=tmp_path / "report.json")
+    options = VerifyOptions(hf_path=str(broken), load=models.root, json=tmp_path / "report.json")
     ((problems,),) = run_ranks(1, verify, [options], 512)
     assert problems[1].startswith("first difference after decoder layer 3 of 4 (model.layers.2): max |Δ| nan")
     text = (tmp_path / "report.json").read_text()
@@ -163,7 +165,7 @@ def test_nan_is_a_difference_and_the_report_stays_json(models: Models, tmp_path:
 def test_another_architecture_is_refused_by_its_fields(models: Models, tmp_path: Path) -> None:
     other = shutil.copytree(models.hf, tmp_path / "other")
     edit_json(other / "config.json", num_hidden_layers=LAYERS - 1, rms_norm_eps=1e-5)
-    ((problems,),) = run_ranks(1, verify, [VerifyOptions(hf_path=other, load=models.root)], 512)
+    ((problems,),) = run_ranks(1, verify, [VerifyOptions(hf_path=str(other), load=models.root)], 512)
     assert problems == (
         f"not the same model (checkpoint != {other}): layers: 4 != 3",
         f"not the same model (checkpoint != {other}): rms_eps: 0.0003 != 1e-05",
@@ -181,7 +183,7 @@ def test_the_reference_is_the_class_of_the_table_and_no_code_of_the_sources(
         architectures=["CustomMistralForCausalLM"],
         auto_map={"AutoModelForCausalLM": "modeling_custom.CustomMistralForCausalLM"},
     )
-    assert run_ranks(1, verify, [VerifyOptions(hf_path=custom, load=models.root)], 512) == [[None]]
+    assert run_ranks(1, verify, [VerifyOptions(hf_path=str(custom), load=models.root)], 512) == [[None]]
 
 
 def test_a_step_counts_and_slow_growth_does_not() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import xxhash
 
 from usdm_megatron.cli import inspect_store as inspect_cli
 from usdm_megatron.cli import preprocess as preprocess_cli
@@ -75,8 +76,8 @@ def test_both_inputs_give_the_same_store(tmp_path: Path, cache: Path, parts: lis
     assert options.pop("plan")["stores"] == [""]
     assert options == {"command": "packed", "seq_length": 10}
     assert text.summary.vocabulary == USDM_VOCABULARY
-    assert [(source.name, source.sha256) for source in text.summary.sources] == [
-        (path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in reversed(parts)
+    assert [(source.name, source.hash) for source in text.summary.sources] == [
+        (path.name, f"xxh128:{xxhash.xxh3_128(path.read_bytes()).hexdigest()}") for path in reversed(parts)
     ]
     assert text.summary.fill == 15 / 30
 

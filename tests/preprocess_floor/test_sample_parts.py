@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from tests.preprocess_floor.line_source import VOCABULARY, LineSource
 from usdm_megatron.errors import ConfigError, DataError
-from usdm_megatron.file_reading import file_sha256
 from usdm_megatron.preprocess import parts_plan, sample_parts
 from usdm_megatron.preprocess.executors import SerialExecutor
 from usdm_megatron.preprocess.part_files import PartFiles, open_part, write_part
 from usdm_megatron.preprocess.parts_plan import Input, MergeOptions, PartsPlan, Shard, StorePlan
 from usdm_megatron.preprocess.sample_parts import make_parts
+from usdm_megatron.preprocess.source_hashes import hash_file, hash_files
 
 LINES = [f"u{number} 0 {5 + number % 7}" for number in range(20)]
 
@@ -181,10 +181,10 @@ def test_very_many_files_are_recorded_together(tmp_path: Path, monkeypatch: pyte
     assert replace(store, files=4).file_groups() == [range(n, n + 1) for n in range(4)]
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text(name * 3)
-    together = sample_parts._hashed([(name, tmp_path / name) for name in "abc"])
-    (tmp_path / "listing").write_text("".join(f"{file_sha256(tmp_path / name)}  {name}\n" for name in "abc"))
+    together = hash_files([(name, tmp_path / name) for name in "abc"])
+    (tmp_path / "listing").write_text("".join(f"{hash_file(tmp_path / name)}  {name}\n" for name in "abc"))
     assert (together.name, together.bytes) == ("a … c (3 files)", 9)
-    assert together.sha256 == file_sha256(tmp_path / "listing")
+    assert together.hash == f"xxh128:{hash_file(tmp_path / 'listing')}"
 
 
 def test_a_source_that_breaks_its_promises_is_a_bug(source: LineSource) -> None:

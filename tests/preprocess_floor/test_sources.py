@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from usdm_megatron.data.token_store import SourceFile
 from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess import row_sources
-from usdm_megatron.preprocess.row_sources import PackedTextSource, SourceHasher, open_cache
+from usdm_megatron.preprocess.row_sources import PackedTextSource, open_cache
 from usdm_megatron.preprocess.rows import RowSource, cut_samples
+from usdm_megatron.preprocess.source_hashes import SourceHasher
 from usdm_megatron.preprocess.text_lines import natural_key
 
 
@@ -287,12 +290,11 @@ def test_samples_are_cut_at_every_bos(rows: list[list[int]]) -> None:
 
 
 def test_hashes_of_the_sources(tmp_path: Path) -> None:
-    import hashlib
-
-    (tmp_path / "a").write_bytes(b"abc" * 10**6)
+    content = b"abc" * 10**6
+    (tmp_path / "a").write_bytes(content)
     with SourceHasher([("name", tmp_path / "a")]) as hasher:
         (found,) = hasher.result()
-    assert (found.name, found.bytes) == ("name", 3 * 10**6)
-    assert found.sha256 == hashlib.sha256(b"abc" * 10**6).hexdigest()
+    assert found == SourceFile("name", 3 * 10**6, f"xxh128:{xxhash.xxh3_128(content).hexdigest()}")
+    assert xxhash.xxh3_128(b"abc").hexdigest() == "06b05ab6733a618578af5f94892f3950"  # as xxh128sum prints it
     with SourceHasher([("gone", tmp_path / "b")]) as hasher, pytest.raises(DataError, match="b: cannot read"):
         hasher.result()

@@ -27,6 +27,16 @@ TIMEOUT = timedelta(seconds=100)
 Row = Sequence[Sequence[int]]
 
 
+FULL, SELECTIVE = (("recompute_granularity", "full"),), (("recompute_granularity", "selective"),)
+OVERLAP = (("overlap_grad_reduce", True), ("overlap_param_gather", True))
+NEAR_STAGES = (("use_tp_pp_dp_mapping", True),)
+
+
+def chunks(text: str) -> tuple[tuple[str, str]]:
+    """What every pipeline chunk holds, as `Layout.extra`."""
+    return (("pipeline_model_parallel_layout", text),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A layout to test: `ranks` = tp x pp x dp."""
@@ -72,7 +82,8 @@ def run_config(
     checkpoint: dict[str, Any] | None = None,
 ) -> RunConfig:
     """A configuration for tests: the recipe's fields, then the given ones; none of the task's defaults."""
-    fields = recipe_fields(recipe)
+    fields = recipe_fields(recipe, task)
+    adapters = {"enabled": True, **fields.get("lora", {}), **(lora or {})}
     return RunConfig(
         task=task,
         recipe=recipe,
@@ -81,7 +92,7 @@ def run_config(
         data=DataConfig(**{"seq_length": 64, "global_batch_size": 4, **(data or {})}),
         optimizer=OptimizerConfig(**{"lr": 1e-3, **fields["optimizer"], **(optimizer or {})}),
         training=TrainingConfig(**{**fields["training"], **(training or {})}),
-        lora=LoraConfig() if lora is None else LoraConfig(**{"enabled": True, **fields["lora"], **lora}),
+        lora=LoraConfig() if lora is None else LoraConfig(**adapters),
         checkpoint=CheckpointConfig(**(checkpoint or {})),
         logging=LoggingConfig(log_interval=1000),
     )
@@ -157,7 +168,7 @@ def opened(environment: Any, store: Any, layout: Layout) -> Any:
     from usdm_megatron.runtime.process_groups import open_process_groups
 
     return open_process_groups(
-        ParallelLayout(environment.world_size, layout.tp, layout.pp, layout.vpp),
+        ParallelLayout(environment.world_size, layout.tp, layout.pp, layout.vpp, layout.parallel.rank_order),
         environment,
         timeout=TIMEOUT,
         store=store,

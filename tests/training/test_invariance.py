@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.training import jobs, reference
-from tests.training.jobs import Layout
+from tests.training.jobs import NEAR_STAGES, OVERLAP, Layout
 from tests.training.test_model_parity import hf_tensors
 
 # rows of very different numbers of targets, one of them nothing but padding
@@ -63,7 +63,7 @@ CASES = [
     (Layout(), 2), (Layout(), 8), (Layout(2), 1), (Layout(2, sp=True), 4),
     (Layout(1, 1, 2), 1), (Layout(1, 1, 2), 4),
     (Layout(1, 1, 4), 2), (Layout(1, 2, 2), 1), (Layout(2, 1, 2, sp=True), 2),
-    (Layout(1, 1, 2, extra=(("overlap_grad_reduce", True), ("overlap_param_gather", True))), 2),
+    (Layout(1, 1, 2, extra=OVERLAP), 2), (Layout(1, 2, 2, vpp=3, extra=(*OVERLAP, *NEAR_STAGES)), 2),
 ]  # fmt: skip
 
 

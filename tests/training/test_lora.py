@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ from tests.training.test_resume import killed_after, losses, tensors
 from tests.training.test_sft_oracle import LR, MICRO_BATCH, STEPS, Stores, batches_of, fine_tune
 from tests.training.test_sft_oracle import stores as stores  # the fixture
 from usdm_megatron.checkpoint.adapter_facts import read_adapter_facts
+from usdm_megatron.config import CheckpointConfig
+from usdm_megatron.config_file import load_config
 from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.errors import CheckpointError, ConfigError
 from usdm_megatron.model.lora.adapter import initial_a
 from usdm_megatron.model.lora.names import PROJECTIONS, entry_of_peft, is_adapter_key
+from usdm_megatron.train.start import StartPoint, find_start
 
 R, ALPHA, SEED = 4, 12.0, 42
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
@@ -193,6 +198,37 @@ def test_a_checkpoint_holds_the_adapter_alone(whole_run: Path, tiny_model: Any) 
     facts = read_adapter_facts(directory)
     assert facts is not None and facts.base_directory == str(tiny_model.release)
     assert (facts.spec.r, facts.spec.alpha, facts.spec.dropout) == (R, ALPHA, 0.1)
+
+
+def test_bf16_trains_and_resumes(tiny_model: Any, stores: Stores, tmp_path: Path) -> None:
+    """Masters of adapters and new rows are what was loaded: every loss stays near fp32's."""
+    expected, _, _ = reference_run(tiny_model.hf, stores.train)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = {"lora": LORA, "training": {"bf16": True}}
+    fine_tune(Layout(), tiny_model, stores, whole, checkpoint={"save_interval": SAVED_AT}, **options)
+    assert [line["loss"] for line in train_lines(whole)] == pytest.approx(expected, rel=1e-2)
+    killed_after(SAVED_AT, whole, resumed)
+    fine_tune(Layout(), tiny_model, stores, resumed, checkpoint={"load": str(resumed)}, **options)
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_run_goes_on_over_its_own_base_alone(whole_run: Path, tmp_path: Path) -> None:
+    """And with its dropout, which another run that starts from the adapter is free to change."""
+    config = load_config(whole_run / "run_config.yaml")
+    other = tiny.write_checkpoint(tiny.write_hf_model(tmp_path / "hf", seed=1), tmp_path / "other")
+
+    def start(dropout: float = DROPOUT["dropout"], **where: Path) -> StartPoint:
+        paths = {name: str(path) for name, path in {"save": tmp_path / "run", **where}.items()}
+        lora = replace(config.lora, dropout=dropout)
+        return find_start(replace(config, lora=lora, checkpoint=CheckpointConfig(**paths)))
+
+    assert start(load=whole_run).step == STEPS
+    with pytest.raises(CheckpointError, match="is another model than the adapter's base"):
+        start(load=whole_run, pretrained_checkpoint=other)
+    with pytest.raises(ConfigError, match="with --lora-dropout 0.1, now it is 0.2; keep 0.1"):
+        start(dropout=0.2, load=whole_run)
+    begun = start(dropout=0.2, pretrained_checkpoint=whole_run)
+    assert begun.step == 0 and begun.lora is not None and begun.lora.facts.spec.dropout == 0.2
 
 
 def test_first_b_moves_then_a(tiny_model: Any, stores: Stores, tmp_path: Path) -> None:

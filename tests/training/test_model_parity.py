@@ -13,7 +13,7 @@ from tests import tiny
 from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY, WINDOW
 from tests.training import jobs, reference
-from tests.training.jobs import Layout
+from tests.training.jobs import FULL, NEAR_STAGES, SELECTIVE, Layout, chunks
 from usdm_megatron.convert.checkpoint_weights import open_weights
 
 LOGITS_TOLERANCE = 1e-5
@@ -62,7 +62,6 @@ def reference_gradients(hf: Path, train_boundaries: bool) -> tuple[float, dict[s
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-FULL, SELECTIVE = (("recompute_granularity", "full"),), (("recompute_granularity", "selective"),)
 GRADIENT_LAYOUTS = [
     Layout(), Layout(2), Layout(1, 2), Layout(2, 2), Layout(1, 3), Layout(2, sp=True), Layout(2, 2, sp=True),
     Layout(1, 2, vpp=3),
@@ -70,12 +69,18 @@ GRADIENT_LAYOUTS = [
     Layout(2, 1, sp=True, extra=SELECTIVE),
     Layout(1, 2, extra=(*FULL, ("recompute_method", "block"), ("recompute_num_layers", 2))),
     Layout(2, 1, sp=True, extra=(*SELECTIVE, ("recompute_modules", ("core_attn", "mlp")))),
+    # stages of other sizes, and where their ranks lie
+    Layout(1, 4, extra=(("decoder_first_pipeline_num_layers", 1), ("decoder_last_pipeline_num_layers", 1))),
+    Layout(1, 2, vpp=2, extra=chunks("Ett|t|t|ttL")),
+    Layout(2, 2, vpp=2, sp=True, extra=(*chunks("E|ttt|ttt|L"), *FULL, ("recompute_num_layers", 3))),
+    Layout(1, 2, 2, extra=(*NEAR_STAGES, *chunks("Et|t*5L"))),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", GRADIENT_LAYOUTS, ids=str)
 def test_gradients_equal_transformers(layout: Layout, tiny_model, tmp_path: Path) -> None:
-    results = run_ranks(layout.ranks, jobs.gradients, layout, tiny_model.release, tmp_path, ROWS, OPTIONS)
+    rows = ROWS * layout.dp  # twice the same rows: the same mean
+    results = run_ranks(layout.ranks, jobs.gradients, layout, tiny_model.release, tmp_path, rows, OPTIONS)
     loss, expected = reference_gradients(tiny_model.hf, False)
     ours = hf_tensors(tmp_path / "iter_0000001")
     assert ours.keys() == expected.keys()

@@ -33,7 +33,7 @@ LAYOUTS = [
     Layout(2),
     Layout(1, 2),
     Layout(1, 1, 2),
-    Layout(2, sp=True),
+    Layout(2, 2, sp=True),
     Layout(1, 2, vpp=3),
     Layout(1, 1, 2, extra=LATE),
 ]

@@ -15,6 +15,7 @@ COMMANDS = {
     "sft": ("usdm_megatron.cli.sft", "fine-tune on spoken dialogs"),
     "convert": ("usdm_megatron.cli.convert", "import, export, verify: Hugging Face ↔ checkpoint"),
     "preprocess": ("usdm_megatron.cli.preprocess", "cached or packed token data → packed token store"),
+    "plan": ("usdm_megatron.cli.plan", "will it fit, how fast will it be: every layout of a cluster, ranked"),
     "reply": ("usdm_megatron.cli.reply", "speech units → transcript → reply, and its error rates"),
     "inspect": (
         "usdm_megatron.cli.inspect",

@@ -100,7 +100,11 @@ def _verify(options: VerifyOptions, argv: Sequence[str]) -> int:
 
     ranks = options.tensor_model_parallel_size * options.pipeline_model_parallel_size
     if ranks > 1 and not started_by_torchrun():
+        from usdm_megatron.convert.hub import locate
         from usdm_megatron.runtime.launch import launch_local_ranks
+
+        # a model of the hub is downloaded here: ranks that wait for one of them have a timeout
+        locate(options.hf_path, options.hf_revision, options.hf_cache_dir)
 
         return launch_local_ranks("usdm_megatron.cli", ["convert", *argv], ranks)
     from usdm_megatron.convert.verify import run_verify_logits

@@ -117,7 +117,7 @@ def _describe_adapter(adapter: AdapterFacts) -> str:
 
     spec = adapter.spec
     targets = " ".join(target for target in TARGETS if target in spec.targets)
-    rows = "trained too" if spec.train_new_embeddings else "the base's"
+    rows = "trained too" if spec.train_new_embeddings else "of the base"
     return (
         f"  adapter      LoRA: r {spec.r}, alpha {spec.alpha:g}, dropout {spec.dropout:g}, on {targets}\n"
         f"  speech rows  {rows}\n"

@@ -34,7 +34,7 @@ class EnvironmentFlags:
     path: Path = Path(".")
     """directory that all nodes share, where the run will be kept"""
     min_free_gib: float = 200.0
-    """free space asked for there; a checkpoint of a 7B model with its optimizer takes 95"""
+    """free space asked for there; a checkpoint of a 7B model with its optimizer takes about 100"""
     min_bus_gbs: float | None = None
     """all-reduce bus bandwidth asked for, GB/s (not judged unless given)"""
     nproc_per_node: int | None = None

@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from usdm_megatron.cli.dry_run import SimulationFlags, dry_run
 from usdm_megatron.cli.entry import is_main_rank
 from usdm_megatron.config import LoraConfig, RunConfig
 from usdm_megatron.config_file import dump_config, layered_defaults, read_config_file, section_types
@@ -36,6 +37,7 @@ class Invocation:
     """ranks that --dry-run checks for"""
     nproc_per_node: int | None = None
     """start this many ranks here (without torchrun or Slurm)"""
+    simulation: SimulationFlags = field(default_factory=SimulationFlags)
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,12 @@ class TrainingCommand:
     def main(self, argv: Sequence[str]) -> int:
         """Parse and run; returns the exit code."""
         invocation, config = self.parse(argv)
-        _check_rank_counts(invocation)
+        _check_invocation(invocation)
         if invocation.print_config:
             print(dump_config(config), end="")
             return 0
         if invocation.dry_run:
-            return _dry_run(config, invocation)
+            return dry_run(config, invocation.world_size or invocation.nproc_per_node, invocation.simulation)
         if invocation.world_size is not None:
             raise ConfigError(
                 "--world-size is for --dry-run; a run takes its ranks from torchrun, Slurm or "
@@ -116,13 +118,14 @@ class TrainingCommand:
         return Invocation(config=known.config, recipe=known.recipe)
 
 
-def _check_rank_counts(invocation: Invocation) -> None:
+def _check_invocation(invocation: Invocation) -> None:
     counts = {"--world-size": invocation.world_size, "--nproc-per-node": invocation.nproc_per_node}
     problems = [
         f"{flag} is {count}; it must be at least 1"
         for flag, count in counts.items()
         if count is not None and count < 1
     ]
+    problems += invocation.simulation.problems(invocation.dry_run)
     if problems:
         raise ConfigError(*problems)
 
@@ -162,42 +165,6 @@ def cuda_is_usable() -> bool:
         return False
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     return not cpu_build and not hidden and Path("/proc/driver/nvidia/version").exists()
-
-
-def _dry_run(config: RunConfig, invocation: Invocation) -> int:
-    from usdm_megatron.data.blend import shares_of
-    from usdm_megatron.runtime.ranks import ranks_from_environment
-    from usdm_megatron.train.preflight import build_layout, plan_run
-    from usdm_megatron.train.start import find_start
-
-    ranks = invocation.world_size or invocation.nproc_per_node
-    if ranks is None:
-        environment = ranks_from_environment()
-        ranks = environment.world_size if environment else 1
-    layout = build_layout(config, ranks)
-    plan = plan_run(config, layout, find_start(config))
-    if is_main_rank():
-        valid = (
-            "none"
-            if plan.valid_store is None
-            else f"{plan.valid_store.prefix} ({plan.valid_store.rows:,} rows)"
-        )
-        print(
-            f"dry run: everything is in order\n"
-            f"  ranks       {layout.world_size}: tp={layout.tp} pp={layout.pp} vpp={layout.vpp} "
-            f"dp={layout.dp}\n"
-            f"  start       {plan.start.directory} at step {plan.start.step}\n"
-            f"  steps       {plan.steps}, each {config.data.global_batch_size} rows in "
-            f"{plan.micro_batches} micro-batches a rank\n"
-            f"  train data  {plan.train_store.prefix} ({plan.train_store.rows:,} rows)\n"
-            + "".join(f"              {share}\n" for share in shares_of(plan.train_store))
-            + f"  valid data  {valid}\n"
-            f"  warm-up     {plan.schedule.warmup_steps} steps, then {plan.schedule.style} to "
-            f"{plan.schedule.min_lr}\n"
-            f"  attention   {plan.backend}"
-            + ("" if plan.start.lora is None else f"\n  LoRA base   {plan.start.lora.base}")
-        )
-    return 0
 
 
 def _start_ranks(config: RunConfig, argv: Sequence[str], ranks: int) -> int:

@@ -84,8 +84,7 @@ def compare_states(
     """Compare `[P, size]` at every depth, the logits last.
 
     Rounding is what a sum of `hidden` terms in fp32 may differ by, √hidden units in the last place (measured
-    after one layer: 1.5 of these), tenfold; or, when that is more, the part of the largest logit that
-    `tolerance` is.
+    after one layer: 1.5 of these), tenfold; or, when that is more, `tolerance`, a part of the state.
     """
     layers = len(theirs) - 3
     names = [
@@ -97,7 +96,7 @@ def compare_states(
     by_depth = tuple(_difference(*pair) for pair in zip(names, ours, theirs, strict=True))
     rounding = max(
         _STEP * math.sqrt(theirs[0].size(-1)) * torch.finfo(torch.float32).eps,
-        tolerance / max(theirs[-1].abs().max().item(), torch.finfo(torch.float32).tiny),
+        tolerance,
     )
     first = first_step([state.relative for state in by_depth], rounding)
     return LayerDifferences(sample, len(ours[0]), by_depth, first)

@@ -156,8 +156,8 @@ class ExportOptions:
 class VerifyOptions:
     """Compare a Hugging Face model with a checkpoint."""
 
-    hf_path: Path
-    """Directory of the Hugging Face model."""
+    hf_path: str
+    """Directory of the Hugging Face model, or ORG/NAME on the hub."""
     load: Path
     """A converted model, a run, or one checkpoint directory."""
     mode: Literal["logits", "weights"] = "logits"
@@ -167,7 +167,7 @@ class VerifyOptions:
     pipeline_model_parallel_size: int = 1
     """Layout of our side (logits)."""
     tolerance: float = 1e-5
-    """Largest difference of a logit that passes."""
+    """Largest difference of a logit that passes, as a part of the largest one (of 1 if all are smaller)."""
     ckpt_step: int | Literal["best"] | None = None
     """Which step of a run; default: the newest."""
     core_attention: Literal["auto", "te", "flash", "torch"] = "auto"
@@ -176,6 +176,10 @@ class VerifyOptions:
     """Longest packed row to compare (logits); default: as long as the samples need."""
     json: Path | None = None
     """Also write the outcome there, passed or not (logits)."""
+    hf_revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    hf_cache_dir: Path | None = None
+    """Where the hub's files are kept; default: huggingface_hub's."""
 
     def __post_init__(self) -> None:
         problems = [

@@ -8,6 +8,7 @@ states say in which layer it begins. The two models are never in memory together
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,8 @@ from usdm_megatron.architecture import identity_differences, model_identity
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
 from usdm_megatron.checkpoint.ranks import on_rank_zero
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
+from usdm_megatron.convert.checkpoint_weights import open_weights
+from usdm_megatron.convert.hub import locate
 from usdm_megatron.convert.options import VerifyOptions
 from usdm_megatron.convert.verification_row import VerificationRow, build_verification_row
 from usdm_megatron.errors import EXIT_DONE, ConfigError, ConversionError
@@ -36,9 +39,13 @@ _SEED = 42
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """The outcome: largest absolute difference over `tokens` positions and `columns` vocabulary ids."""
+    """The outcome: largest absolute difference over `tokens` positions and `columns` vocabulary ids.
+
+    `tolerance` is a part of the largest logit, because fp32 rounds each by a part of the numbers it sums.
+    """
 
     max_abs_difference: float
+    max_abs_logit: float  # transformers'
     worst_sample: int  # index of the sample that holds the largest difference
     samples: tuple[int, ...]  # lengths
     tokens: int
@@ -50,8 +57,12 @@ class LogitsComparison:
     layers: LayerDifferences | None = None  # only when the logits differ
 
     @property
+    def allowed_difference(self) -> float:
+        return self.tolerance * max(1.0, self.max_abs_logit)
+
+    @property
     def passed(self) -> bool:
-        return self.max_abs_difference <= self.tolerance  # False for NaN
+        return math.isfinite(self.max_abs_difference) and self.max_abs_difference <= self.allowed_difference
 
 
 def run_verify_logits(options: VerifyOptions, environment: RankEnvironment) -> int:
@@ -83,20 +94,23 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
     if layout.dp != 1:
         raise ConfigError(f"verify runs on tp x pp = {layout.tp * layout.pp} ranks, not {layout.world_size}")
     with open_process_groups(layout, environment, timeout=_TIMEOUT) as groups:
-        resolved = on_rank_zero(
-            f"verifying {options.load}",
-            lambda: resolve_checkpoint(options.load, options.ckpt_step, fallback=False),
+        directory = on_rank_zero(f"verifying {options.load}", lambda: _whole_model(options))
+        source = on_rank_zero(
+            f"finding {options.hf_path}",
+            lambda: locate(options.hf_path, options.hf_revision, options.hf_cache_dir),
         )
-        facts = read_facts(resolved.path)
-        columns = _common_columns(options.hf_path, facts)
+        facts = read_facts(directory)
+        columns = _common_columns(source, facts)
         whole = build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED)
         row = _shortened(_below(whole, columns), options.sequence_length)
         ours = OurSide(facts, groups, options.core_attention)
         logits = ours.logits(row)
-        found = on_rank_zero("comparing logits", lambda: _compare(options, facts, row, logits))
+        found = on_rank_zero("comparing logits", lambda: _compare(options, source, facts, row, logits))
         comparison = found.comparison
         if not comparison.passed:
-            comparison = replace(comparison, layers=_compare_layers(options, row, found, ours, logits))
+            comparison = replace(
+                comparison, layers=_compare_layers(options, source, row, found, ours, logits)
+            )
         if options.json is not None:  # while all wait: a launcher stops rank 0 as soon as another one ends
             path = options.json
             on_rank_zero(f"writing {path}", lambda: path.write_text(_as_json(comparison), encoding="utf-8"))
@@ -117,7 +131,15 @@ def describe(comparison: LogitsComparison) -> str:
         f"logits of {len(c.samples)} packed samples ({', '.join(map(str, c.samples))} tokens) at "
         f"tp={c.tensor_model_parallel_size} pp={c.pipeline_model_parallel_size}, fp32, "
         f"{c.columns:,} columns{note}\n"
-        f"max |Δ| = {c.max_abs_difference:.3g} (tolerance {c.tolerance:g}): equal"
+        f"max |Δ| = {c.max_abs_difference:.3g}, at most {_allowed(c)}: equal"
+    )
+
+
+def _allowed(c: LogitsComparison) -> str:
+    return (
+        f"{c.allowed_difference:.3g} (tolerance {c.tolerance:g} of the largest logit, {c.max_abs_logit:.3g})"
+        if c.max_abs_logit > 1
+        else f"{c.allowed_difference:.3g} (tolerance; no logit exceeds 1)"
     )
 
 
@@ -125,7 +147,7 @@ def _differences(options: VerifyOptions, found: _Findings, comparison: LogitsCom
     c = comparison
     assert c.layers is not None
     return (
-        f"verify: max |Δ| of the logits is {c.max_abs_difference:.3g}, above --tolerance {c.tolerance:g}; "
+        f"verify: max |Δ| of the logits is {c.max_abs_difference:.3g}, above {_allowed(c)}; "
         f"the largest is in sample {c.worst_sample} of {c.samples[c.worst_sample]} tokens (per sample: "
         f"{', '.join(f'{value:.3g}' for value in found.by_sample)}). {options.load} does not compute what "
         f"{options.hf_path} computes",
@@ -134,7 +156,11 @@ def _differences(options: VerifyOptions, found: _Findings, comparison: LogitsCom
 
 
 def _as_json(comparison: LogitsComparison) -> str:
-    record = {"passed": comparison.passed, **asdict(comparison)}
+    record = {
+        "passed": comparison.passed,
+        "allowed_difference": comparison.allowed_difference,
+        **asdict(comparison),
+    }
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON knows no NaN
     return json.dumps(finite, indent=1) + "\n"
 
@@ -149,23 +175,29 @@ class _Findings:
 
 
 def _compare(
-    options: VerifyOptions, facts: CheckpointFacts, row: VerificationRow, ours: torch.Tensor | None
+    options: VerifyOptions,
+    source: Path,
+    facts: CheckpointFacts,
+    row: VerificationRow,
+    ours: torch.Tensor | None,
 ) -> _Findings:
     from usdm_megatron.convert.layer_differences import chosen_positions
     from usdm_megatron.convert.verify_sides import load_reference, reference_logits
 
     assert ours is not None
-    model = load_reference(options.hf_path)
+    model = load_reference(source)
     columns = min(model.config.vocab_size, facts.vocabulary.size)
-    by_token = []
+    by_token, largest = [], 0.0
     for sample in range(len(row.sample_lengths)):
         here = _place_of(row, sample)
         theirs = reference_logits(model, row.tokens[here])
+        largest = max(largest, theirs.abs().max().item())
         by_token.append((theirs - ours[here, :columns].to(theirs.device)).abs().amax(-1))
     differences = tuple(difference.max().item() for difference in by_token)
     worst = max(range(len(differences)), key=lambda index: _nan_is_worst(differences[index]))
     comparison = LogitsComparison(
         max_abs_difference=differences[worst],
+        max_abs_logit=largest,
         worst_sample=worst,
         samples=row.sample_lengths,
         tokens=len(row.tokens),
@@ -179,7 +211,12 @@ def _compare(
 
 
 def _compare_layers(
-    options: VerifyOptions, row: VerificationRow, found: _Findings, ours: OurSide, logits: torch.Tensor | None
+    options: VerifyOptions,
+    source: Path,
+    row: VerificationRow,
+    found: _Findings,
+    ours: OurSide,
+    logits: torch.Tensor | None,
 ) -> LayerDifferences:
     """Run both sides once more and compare the worst sample's hidden states; the outcome is on every rank."""
     from usdm_megatron.convert.layer_differences import compare_states
@@ -192,7 +229,7 @@ def _compare_layers(
 
     def compare() -> LayerDifferences:
         assert logits is not None
-        theirs = reference_states(load_reference(options.hf_path), row.tokens[here], found.positions)
+        theirs = reference_states(load_reference(source), row.tokens[here], found.positions)
         theirs[-1] = theirs[-1][:, :columns]
         return compare_states(
             [*states, logits[in_row, :columns]], theirs, sample=sample, tolerance=options.tolerance
@@ -206,13 +243,22 @@ def _place_of(row: VerificationRow, sample: int) -> slice:
     return slice(start, start + row.sample_lengths[sample])
 
 
+def _whole_model(options: VerifyOptions) -> Path:
+    """The checkpoint directory, its bytes, names and shapes checked."""
+    directory = resolve_checkpoint(options.load, options.ckpt_step, fallback=False).path
+    open_weights(directory)
+    return directory
+
+
 def _common_columns(hf_path: Path, facts: CheckpointFacts) -> int:
     """Rows of the vocabulary that both have: without the new tokens when the source is not extended.
 
     Raises `ConversionError` when the configs describe different models: no layer is to blame then.
     """
     ours, theirs = model_identity(facts.hf_config), model_identity(read_json_object(hf_path / "config.json"))
-    columns = min(ours.pop("vocab_size"), theirs.pop("vocab_size"))
+    columns = theirs["vocab_size"]
+    if columns < ours["vocab_size"]:
+        theirs["vocab_size"] = ours["vocab_size"]
     if differences := identity_differences(ours, theirs):
         raise ConversionError(
             *(f"not the same model (checkpoint != {hf_path}): {difference}" for difference in differences)

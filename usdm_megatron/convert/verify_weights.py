@@ -11,6 +11,7 @@ from usdm_megatron.architecture import HFArchitecture, identity_differences, mod
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, open_weights
 from usdm_megatron.convert.hf_source import HFSource, check_tensors, open_source
+from usdm_megatron.convert.hub import locate
 from usdm_megatron.convert.name_table import architecture_table
 from usdm_megatron.convert.options import VerifyOptions
 from usdm_megatron.convert.progress import byte_progress
@@ -40,7 +41,7 @@ def compare_weights(options: VerifyOptions) -> WeightComparison:
     """
     checkpoint = resolve_checkpoint(options.load, options.ckpt_step, fallback=False)
     weights = open_weights(checkpoint.path)
-    source = open_source(options.hf_path)
+    source = open_source(locate(options.hf_path, options.hf_revision, options.hf_cache_dir))
     source_model = HFArchitecture.from_hf_config(source.config)
     check_tensors(source, architecture_table(source.config), source_model)
     _check_same_model(weights, source, source_model)

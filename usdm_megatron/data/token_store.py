@@ -59,7 +59,18 @@ class SourceFile:
 
     name: str
     bytes: int
-    sha256: str
+    hash: str  # with its algorithm: "xxh128:0123…"
+
+    @classmethod
+    def with_xxh128(cls, name: str, size_bytes: int, digest: str) -> SourceFile:
+        return cls(name, size_bytes, f"xxh128:{digest}")
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> SourceFile:
+        """As JSON holds it; some stores have `sha256` instead of `hash`."""
+        if "sha256" in record:
+            return cls(record["name"], record["bytes"], f"sha256:{record['sha256']}")
+        return cls(**record)
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class StoreSummary:
         if values["row_capacity"] < 1 or values["rows"] < 1:
             raise ValueError("rows and row_capacity start at 1")
         values["vocabulary"] = Vocabulary.from_dict(values["vocabulary"])
-        values["sources"] = tuple(SourceFile(**source) for source in values["sources"])
+        values["sources"] = tuple(SourceFile.from_record(source) for source in values["sources"])
         values["options"] = dict(values["options"])
         values["notices"] = dict(values["notices"])
         if (values["loss_mask"] is None) != (record["format_version"] == FORMAT_VERSION):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from usdm_megatron.data.file_writing import open_locked, reported, sync, sync_directory
+from usdm_megatron.data.file_writing import begin_sync, open_locked, reported, sync, sync_directory
 from usdm_megatron.data.loss_mask import (
     MASK_DTYPE,
     LossMaskPaths,
@@ -30,6 +30,8 @@ from usdm_megatron.data.token_store import SourceFile, StorePaths, StoreSummary,
 from usdm_megatron.errors import DataError
 from usdm_megatron.vocab import Vocabulary
 
+_WRITE_OUT_BYTES = 8 << 20  # handed to the disk at a time, so that the sync at the end finds little to do
+
 
 class _HashedFile:
     """A file under a temporary name, and the sha256 of what was written to it."""
@@ -38,10 +40,15 @@ class _HashedFile:
         self._temporary = _temporary(final)
         self._file = self._temporary.open("wb")
         self._hash = hashlib.sha256()
+        self._bytes = self._bytes_begun = 0
 
     def write(self, data: bytes | memoryview) -> None:
         with reported(self._temporary):
             self._file.write(data)
+            self._bytes += memoryview(data).nbytes
+            if self._bytes - self._bytes_begun >= _WRITE_OUT_BYTES:
+                begin_sync(self._file, self._bytes_begun)
+                self._bytes_begun = self._bytes
         self._hash.update(data)
 
     def finish(self) -> str:
@@ -289,7 +296,7 @@ def check_rows(
             f"{where(row)} holds {row_lengths[row]} tokens, more than --seq-length {row_capacity}; "
             "pass a larger --seq-length or pack the rows again"
         )
-    if int(tokens.max()) >= vocabulary.size or int(tokens.min()) < 0:
+    if not are_ids(tokens, vocabulary):
         at = int(np.argmax((tokens < 0) | (tokens >= vocabulary.size)))
         row = int(np.searchsorted(np.cumsum(row_lengths), at, side="right"))
         raise DataError(
@@ -297,6 +304,12 @@ def check_rows(
             f"(0 to {vocabulary.size - 1}); it was made with another tokenizer: check --vocab and "
             "--text-vocab-size"
         )
+
+
+def are_ids(tokens: np.ndarray, vocabulary: Vocabulary) -> bool:
+    """Whether `tokens` `[T]`, at least one, are all in the vocabulary."""
+    is_unsigned = tokens.dtype.kind == "u"
+    return int(tokens.max()) < vocabulary.size and (is_unsigned or int(tokens.min()) >= 0)
 
 
 def _temporary(path: Path) -> Path:

@@ -73,7 +73,7 @@ class PackedCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.window = None if config.window_size is None else config.window_size[0] + 1
-        self._attend = self._build(layer_number, attention_type, pg_collection)
+        self.attend = self._build(layer_number, attention_type, pg_collection)
 
     def forward(
         self,
@@ -91,7 +91,7 @@ class PackedCoreAttention(MegatronModule):
         cos, sin = packed_seq_params.rope_cos_TD, packed_seq_params.rope_sin_TD
         assert cos is not None and sin is not None
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-        return self._attend(query, key, value, packed_seq_params, self.window).reshape(query.size(0), -1)
+        return self.attend(query, key, value, packed_seq_params, self.window).reshape(query.size(0), -1)
 
     def _build(self, layer_number: int, attention_type: str, pg_collection: Any) -> AttentionFunction:
         if self.backend == "te":
@@ -196,7 +196,7 @@ def _varlen_options(window: int | None, grouped: bool) -> tuple[dict[str, Any], 
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, window: int | None) -> Tensor:
-    """`flash_attn_varlen_func` (flash-attn >= 2.3, CUDA, 16 bit). Not run yet."""
+    """`flash_attn_varlen_func` (flash-attn >= 2.4.1, CUDA, 16 bit). Not run yet."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
@@ -208,6 +208,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedSequence, windo
         max_seqlen_q=row.max_seqlen_q,
         max_seqlen_k=row.max_seqlen_kv,
         causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         window_size=(-1, -1) if window is None else (window - 1, 0),
     )
 

@@ -1,9 +1,8 @@
-"""The layer: core's own modules with our RMSNorm and packed core attention."""
+"""The layer: core's own modules with our RMSNorm, SwiGLU and packed core attention."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -13,6 +12,7 @@ from torch import Tensor
 from usdm_megatron.config import CoreAttention
 from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.model.attention import packed_core_attention
+from usdm_megatron.model.fused import rms_norm, swiglu
 from usdm_megatron.model.lora.adapter import with_lora
 
 
@@ -30,8 +30,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch computes 16-bit input in fp32 itself; a copy of ours would be kept for the backward pass
-        return self.weight * F.rms_norm(x, (x.size(-1),), eps=self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def build_block_spec(
@@ -44,5 +43,6 @@ def build_block_spec(
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=packed_core_attention(backend)
     )
+    layer.submodules.mlp.submodules.activation_func = swiglu
     block = TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
     return block if lora is None else with_lora(block, lora)

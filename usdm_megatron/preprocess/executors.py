@@ -7,6 +7,7 @@ does not depend on how many workers there were, and memory does not grow with th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from usdm_megatron.errors import EXIT_FAULT, ConfigError, UserError
+from usdm_megatron.preprocess.result_memory import ResultMemory, StoredResult
 
 ExecutorKind = Literal["processes", "ray"]
 _IN_FLIGHT_PER_WORKER = 2  # one being done and one waiting: no worker waits for the parent
@@ -39,9 +41,10 @@ class Executor(Protocol):
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
         """Results in the order of the tasks, few of them in memory at a time.
 
-        `function`, tasks and results are pickled, `function` once a worker. The first error stops the
-        rest and is raised here; so is `WorkerFault` for a worker that died. Closing the generator stops
-        the workers: a caller that may leave early wraps it in `contextlib.closing`.
+        `function`, tasks and results are pickled, `function` once a worker. Arrays in a result may be views
+        of memory that the next results use: copy what is to stay. The first error stops the rest and is
+        raised here; so is `WorkerFault` for a worker that died. Closing the generator stops the workers:
+        a caller that may leave early wraps it in `contextlib.closing`.
         """
         ...
 
@@ -69,15 +72,17 @@ class ProcessExecutor:
     workers: int
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
+        memory = ResultMemory(self.workers * _IN_FLIGHT_PER_WORKER)
+        slots = itertools.cycle(range(memory.slots))  # a slot's last result is done with when it comes again
         pool = ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), _enter_worker, (function,)
+            self.workers, multiprocessing.get_context("spawn"), _enter_worker, (function, memory)
         )
         try:
             yield from _in_order(
                 tasks,
-                submit=lambda task: pool.submit(_do_in_worker, task),
-                wait=lambda future: _opened(future.result()),
-                in_flight=self.workers * _IN_FLIGHT_PER_WORKER,
+                submit=lambda task: pool.submit(_do_in_worker, next(slots), task),
+                wait=lambda future: _opened(memory.load(future.result())),
+                in_flight=memory.slots,
             )
         except BrokenProcessPool as error:
             raise WorkerFault(
@@ -91,6 +96,7 @@ class ProcessExecutor:
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            memory.close()
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,12 @@ def _opened(result: Any) -> Any:
 
 
 _function_of_worker: Callable[[Any], Any]
+_memory_of_worker: ResultMemory
 
 
-def _enter_worker(function: Callable[[Any], Any]) -> None:
-    global _function_of_worker
-    _function_of_worker = function
+def _enter_worker(function: Callable[[Any], Any], memory: ResultMemory) -> None:
+    global _function_of_worker, _memory_of_worker
+    _function_of_worker, _memory_of_worker = function, memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_end_with_the_parent, name="parent-watch", daemon=True).start()
@@ -171,8 +178,8 @@ def _end_with_the_parent() -> None:
         os._exit(EXIT_FAULT)
 
 
-def _do_in_worker(task: Any) -> Any:
-    return _attempt(_function_of_worker, task)
+def _do_in_worker(slot: int, task: Any) -> StoredResult:
+    return _memory_of_worker.store(slot, _attempt(_function_of_worker, task))
 
 
 def _import_ray() -> Any:

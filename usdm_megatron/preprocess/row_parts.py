@@ -10,6 +10,7 @@ import numpy as np
 
 from usdm_megatron.data.token_index import LENGTH_DTYPE
 from usdm_megatron.data.token_store import token_dtype
+from usdm_megatron.data.token_store_writer import are_ids
 from usdm_megatron.preprocess.rows import RowSource, cut_samples
 from usdm_megatron.vocab import Vocabulary
 
@@ -40,9 +41,9 @@ class RowCutter:
     def __call__(self, part: Any) -> CutRows:
         rows = self.source.read(part)
         cuts = cut_samples(rows.tokens, rows.row_lengths, self.vocabulary.bos_id)
-        in_range = int(rows.tokens.min()) >= 0 and int(rows.tokens.max()) < self.vocabulary.size
+        fits = are_ids(rows.tokens, self.vocabulary)
         return CutRows(
-            rows.tokens.astype(token_dtype(self.vocabulary)) if in_range else rows.tokens,
+            rows.tokens.astype(token_dtype(self.vocabulary), copy=False) if fits else rows.tokens,
             cuts.sample_lengths.astype(LENGTH_DTYPE),
             cuts.samples_per_row.astype(LENGTH_DTYPE),
             cuts.rows_without_bos,

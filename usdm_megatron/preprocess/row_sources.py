@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from usdm_megatron.data.token_store import SourceFile
 from usdm_megatron.errors import DataError
-from usdm_megatron.file_reading import file_sha256
 from usdm_megatron.preprocess.parquet_rows import ParquetSource
 from usdm_megatron.preprocess.rows import (
     ID_COLUMN,
@@ -34,8 +31,7 @@ from usdm_megatron.preprocess.text_lines import (
     input_files,
     line_parts,
     natural_key,
-    parse_id_lines,
-    read_lines,
+    parse_id_part,
 )
 
 if TYPE_CHECKING:
@@ -64,9 +60,8 @@ class PackedTextSource(RowSource):
         ]
 
     def read(self, part: LinePart) -> RowBlock:
-        place = LinePlace(part.path, part.start)
-        lines = parse_id_lines(read_lines(part), place, "a packed row")
-        return RowBlock(lines.numbers, lines.lengths, place)
+        lines = parse_id_part(part, "a packed row")
+        return RowBlock(lines.numbers, lines.lengths, LinePlace(part.path, part.start))
 
 
 class CacheSource(RowSource):
@@ -157,37 +152,3 @@ def _refuse_empty_datasets(directory: Path) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # datasets says what is wrong
             if json.loads(state.read_bytes()).get("_data_files") == []:
                 raise DataError(no_rows_message(str(state.parent)))
-
-
-class SourceHasher:
-    """Hashes source files in a thread while their rows are read: hashing is as slow as all the rest."""
-
-    def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
-        self._files = files
-        self._stopped = threading.Event()
-        self._found: list[SourceFile] = []
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="source-hasher", daemon=True)
-
-    def __enter__(self) -> SourceHasher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def result(self) -> tuple[SourceFile, ...]:
-        """Wait for the hashes, in the order of the files."""
-        self._thread.join()
-        if self._error is not None:
-            raise DataError(f"{self._error.filename}: cannot read ({self._error.strerror})") from self._error
-        return tuple(self._found)
-
-    def _run(self) -> None:
-        try:
-            for name, path in self._files:
-                size = path.stat().st_size
-                self._found.append(SourceFile(name, size, file_sha256(path, self._stopped)))
-        except OSError as error:
-            self._error = error

@@ -25,7 +25,7 @@ from usdm_megatron.preprocess.text_lines import (
     LinePlace,
     input_files,
     line_parts,
-    parse_id_lines,
+    parse_id_part,
     read_lines,
 )
 from usdm_megatron.vocab import Vocabulary
@@ -87,7 +87,7 @@ class SampleFilesSource:
 
     def make(self, part: SamplePart) -> SampleBlock:
         place = LinePlace(part.lines.path, part.lines.start)
-        lines = parse_id_lines(read_lines(part.lines), place, "a sample")
+        lines = parse_id_part(part.lines, "a sample")
         tokens = checked_ids(lines.numbers, lines.lengths, place, self._vocabulary)
         notices = count_without_bos(tokens, lines.lengths, self._vocabulary.bos_id)
         if part.lengths is None:

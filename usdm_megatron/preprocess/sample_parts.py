@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,7 +18,6 @@ from usdm_megatron.data.token_index import LENGTH_DTYPE
 from usdm_megatron.data.token_store import SourceFile, token_dtype
 from usdm_megatron.data.token_store_writer import check_rows
 from usdm_megatron.errors import DataError
-from usdm_megatron.file_reading import file_sha256
 from usdm_megatron.preprocess.executors import Executor
 from usdm_megatron.preprocess.merged_samples import LISTED_REJECTIONS, strict_error
 from usdm_megatron.preprocess.part_files import PartFiles, open_part, write_part
@@ -27,6 +25,7 @@ from usdm_megatron.preprocess.parts_plan import Input, PartsPlan, Shard, agree_o
 from usdm_megatron.preprocess.row_parts import RowCutter
 from usdm_megatron.preprocess.rows import RowSource
 from usdm_megatron.preprocess.samples import SampleBlock, SampleSource
+from usdm_megatron.preprocess.source_hashes import hash_files
 
 ROWS_WITHOUT_BOS = "rows_without_leading_bos"
 
@@ -196,7 +195,7 @@ class _FileHasher:
 
     def __call__(self, task: _FileTask) -> None:
         path = sources_path(self.directory, task.number)
-        record = {"plan": self.plan_id, **asdict(_hashed(task.files))}
+        record = {"plan": self.plan_id, **asdict(hash_files(task.files))}
         if path.is_file():
             before = read_source(path, self.plan_id)
             if asdict(before) != {name: record[name] for name in asdict(before)}:
@@ -214,23 +213,7 @@ def read_source(path: Path, plan_id: str) -> SourceFile:
     try:
         record = json.loads(path.read_bytes())
         if record.pop("plan") == plan_id:
-            return SourceFile(**record)
+            return SourceFile.from_record(record)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise DataError(f"{path}: damaged, or of other options; remove it and make the parts again")
-
-
-def _hashed(files: Sequence[tuple[str, Path]]) -> SourceFile:
-    """One file, or several as one: then the hash is of what `sha256sum` prints of them."""
-    try:
-        hashes = [(name, path.stat().st_size, file_sha256(path)) for name, path in files]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot read ({error.strerror})") from error
-    if len(hashes) == 1:
-        return SourceFile(*hashes[0])
-    listing = "".join(f"{sha256}  {name}\n" for name, _, sha256 in hashes)
-    return SourceFile(
-        f"{hashes[0][0]} … {hashes[-1][0]} ({len(hashes)} files)",
-        sum(size for _, size, _ in hashes),
-        hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
-    )

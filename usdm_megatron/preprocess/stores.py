@@ -35,10 +35,11 @@ from usdm_megatron.preprocess.parts_plan import (
     parts_directory,
 )
 from usdm_megatron.preprocess.row_parts import RowCutter
-from usdm_megatron.preprocess.row_sources import PackedTextSource, SourceHasher, open_cache
+from usdm_megatron.preprocess.row_sources import PackedTextSource, open_cache
 from usdm_megatron.preprocess.rows import RowSource
 from usdm_megatron.preprocess.sample_parts import ROWS_WITHOUT_BOS, Progress, make_parts
 from usdm_megatron.preprocess.samples import SampleSource
+from usdm_megatron.preprocess.source_hashes import SourceHasher
 from usdm_megatron.tokenizer.identity import tokenizer_sha256, tokenizer_size
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 

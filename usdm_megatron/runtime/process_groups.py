@@ -67,11 +67,23 @@ def open_process_groups(
     NCCL on CUDA, gloo on CPU. A stuck collective raises after `timeout`. `store` replaces the
     TCP store at `master_addr:master_port` (tests meet at a file).
     """
+    device = _pick_device(environment.local_rank)
+    _join_world(environment, device, timeout, store)
+    try:
+        with divide_world(layout, environment.rank, device, timeout=timeout) as groups:
+            yield groups
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def divide_world(
+    layout: ParallelLayout, rank: int, device: torch.device, *, timeout: timedelta
+) -> Iterator[ProcessGroups]:
+    """The groups of `layout` in a world that was joined; closed at the end."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    device = _pick_device(environment.local_rank)
-    _join_world(environment, device, timeout, store)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
@@ -83,14 +95,13 @@ def open_process_groups(
         )
         yield ProcessGroups(
             layout=layout,
-            coordinates=layout.coordinates(environment.rank),
-            rank=environment.rank,
+            coordinates=layout.coordinates(rank),
+            rank=rank,
             device=device,
             collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def seed_rank(seed: int, coordinates: RankCoordinates) -> None:

@@ -39,7 +39,9 @@ def build_engine(
 ) -> Engine:
     """This rank's model (uninitialised: load weights next), optimizer and step."""
     dtype = weight_dtype(config.training.bf16)
-    core_config = build_transformer_config(architecture, config.parallel, dtype=dtype)
+    core_config = build_transformer_config(
+        architecture, config.parallel, dtype=dtype, deterministic=config.training.deterministic_mode
+    )
     models = build_model_chunks(
         core_config,
         architecture,

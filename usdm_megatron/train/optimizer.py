@@ -33,11 +33,11 @@ _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 def wrap_chunks(
     chunks: list[Any], parallel: ParallelConfig, groups: ProcessGroups
 ) -> list[DistributedDataParallel]:
-    """Each chunk inside core's DDP, gradients reduced in fp32; bf16 chunks inside `Float16Module` first."""
+    """Each chunk inside core's DDP, bf16 chunks inside `Float16Module` first."""
     _give_new_rows_their_own_bucket(chunks)
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32,
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -172,6 +172,13 @@ class AdamW:
             for tensor in (parameter, *entry.values())
             if isinstance(tensor, Tensor)
         )
+
+    def owned_part(self, parameter: Tensor) -> range:
+        """Which elements of `parameter`, flattened, this replica updates; it may be none of them."""
+        if parameter not in self._sharded.model_param_gbuf_map:
+            return range(0)
+        own = self._sharded._get_model_param_range_map(parameter)["param"]
+        return range(own.start, own.end)
 
     def _create_states(self) -> None:
         states = self._sharded.optimizer.state

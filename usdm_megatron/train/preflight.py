@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 from usdm_megatron.architecture import HFArchitecture
@@ -15,6 +16,7 @@ from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.errors import CheckpointError, ConfigError, DataError
 from usdm_megatron.layout import ParallelLayout
 from usdm_megatron.recipes import Task
+from usdm_megatron.runtime.deterministic import determinism_problems
 from usdm_megatron.train.schedule import Schedule, build_schedule
 from usdm_megatron.train.start import StartPoint
 
@@ -53,6 +55,7 @@ def build_layout(config: RunConfig, world_size: int) -> ParallelLayout:
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
         vpp=parallel.num_virtual_stages_per_pipeline_rank,
+        order=parallel.rank_order,
     )
     problems = layout.problems_with_batch(config.data.global_batch_size, config.data.micro_batch_size)
     if problems:
@@ -82,6 +85,7 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
     architecture = HFArchitecture.from_hf_config(facts.hf_config)
     train_store, valid_store = open_stores(config)
     problems = layout_problems(architecture, facts.vocabulary.padded_size, config.parallel)
+    problems += _machine_problems(config)
     if config.data.seq_length > architecture.max_positions:
         problems.append(
             f"data: seq_length {config.data.seq_length} exceeds the model's "
@@ -172,6 +176,29 @@ def build_valid_order(config: RunConfig, layout: ParallelLayout, store_rows: int
         micro_batch_size=config.data.micro_batch_size,
         dp_size=layout.dp,
     )
+
+
+def _machine_problems(config: RunConfig) -> list[str]:
+    """What this configuration needs of the machine and does not find here."""
+    import torch
+
+    problems = determinism_problems(os.environ) if config.training.deterministic_mode else []
+    missing = (
+        "there is no CUDA here"
+        if not torch.cuda.is_available()
+        else "it is not installed"
+        if not importlib.util.find_spec("transformer_engine")
+        else None
+    )
+    if config.optimizer.use_precision_aware_optimizer and missing:
+        asked = "--use-precision-aware-optimizer" + (
+            " (with --optimizer-cpu-offload)" if config.optimizer.optimizer_cpu_offload else ""
+        )
+        problems.append(
+            f"optimizer: {asked} needs CUDA and transformer-engine >= 2.1, whose Adam it is, and {missing}; "
+            "drop it"
+        )
+    return problems
 
 
 def _store_problems(store: TokenStore, config: RunConfig, facts: CheckpointFacts) -> list[str]:

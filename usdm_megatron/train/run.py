@@ -20,11 +20,15 @@ from usdm_megatron.runtime.ranks import RankEnvironment
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from usdm_megatron.data.blend import TrainRows
+    from usdm_megatron.data.loader import MicroBatchLoader
+    from usdm_megatron.data.order import RowOrder
     from usdm_megatron.runtime.process_groups import ProcessGroups
     from usdm_megatron.train.loop import Loop
     from usdm_megatron.train.lora_start import LoraStart
     from usdm_megatron.train.preemption import StopRequest
     from usdm_megatron.train.preflight import RunPlan
+    from usdm_megatron.vocab import Vocabulary
 
 EXIT_FILE = "exit.json"
 _PAD_MULTIPLE = 64  # tokens, on each tensor parallel rank: matrices whose sides suit a GPU's tiles
@@ -110,10 +114,13 @@ def _train(
     record: _ExitRecord,
 ) -> int:
     from usdm_megatron.checkpoint.ranks import on_every_rank, on_rank_zero
+    from usdm_megatron.runtime.deterministic import enter_deterministic_mode
     from usdm_megatron.runtime.process_groups import open_process_groups
     from usdm_megatron.train.preflight import plan_run
     from usdm_megatron.train.start import find_start
 
+    if config.training.deterministic_mode:
+        enter_deterministic_mode()
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     with open_process_groups(layout, environment, timeout=timeout, store=store) as groups:
         start = on_rank_zero("resolving the checkpoint to start from", lambda: find_start(config))
@@ -206,18 +213,24 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
     return loop, state
 
 
-def _loader(plan: RunPlan, groups: ProcessGroups, *, training: bool) -> Any:
-    from usdm_megatron.data.loader import MicroBatchLoader
-
-    config = plan.config
+def _loader(plan: RunPlan, groups: ProcessGroups, *, training: bool) -> MicroBatchLoader:
     store, order = (plan.train_store, plan.order) if training else (plan.valid_store, plan.valid_order)
     assert store is not None and order is not None
+    return open_loader(plan.config, store, order, plan.facts.vocabulary, groups)
+
+
+def open_loader(
+    config: RunConfig, store: TrainRows, order: RowOrder, vocabulary: Vocabulary, groups: ProcessGroups
+) -> MicroBatchLoader:
+    """The micro-batches that this rank reads of `store`."""
+    from usdm_megatron.data.loader import MicroBatchLoader
+
     return MicroBatchLoader(
         store,
         order,
         groups.coordinates.dp,
         seq_length=config.data.seq_length,
-        vocabulary=plan.facts.vocabulary,
+        vocabulary=vocabulary,
         train_sample_boundaries=config.training.train_sample_boundaries,
         cross_sample_attention=config.model.cross_sample_attention,
         pad_to_multiple_of=None if config.data.row_padding == "full" else _PAD_MULTIPLE * groups.layout.tp,
@@ -232,7 +245,7 @@ def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: A
     layout, config = groups.layout, plan.config
     differences = ", ".join(
         f"{field}={getattr(getattr(config, section), field)}"
-        for section, fields in recipe_fields(config.recipe).items()
+        for section, fields in recipe_fields(config.recipe, config.task).items()
         for field in fields
         if section != "lora" or config.lora.enabled
     )

@@ -112,7 +112,7 @@ class RunCheckpoints:
         self._optimizer.load_state(loaded["optimizer"], state.step)
         states = loaded[_RANDOM_STATE]
         same_device = states.size(1) == get_random_state().numel()
-        if state.layout == layout_record(self._groups.layout) and same_device:
+        if ParallelLayout(**state.layout) == self._groups.layout and same_device:
             set_random_state(states[self._groups.rank])
         # at another layout, or on another kind of device, they mean nothing: the run goes on from its seed
 
@@ -153,7 +153,7 @@ class RunCheckpoints:
         rotate(root, self._config.checkpoint.save_total_limit)
 
 
-def layout_record(layout: ParallelLayout) -> dict[str, int]:
+def layout_record(layout: ParallelLayout) -> dict[str, Any]:
     """A layout as `train_state.json` keeps it."""
     return asdict(layout)
 

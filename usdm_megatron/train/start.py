@@ -38,7 +38,7 @@ class TrainState:
     step: int  # completed steps
     consumed_rows: int
     train_store: str  # identity of the token store, or of the blend
-    layout: dict[str, int]  # world_size, tp, pp, vpp that wrote it: its RNG states belong to these ranks
+    layout: dict[str, Any]  # the `ParallelLayout` that wrote it: its RNG states belong to these ranks
     best_loss: float | None = None  # lowest evaluation loss so far
     best_step: int | None = None
 

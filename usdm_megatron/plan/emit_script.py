@@ -1,0 +1,76 @@
+"""The launch script of a planned layout: `examples/pretrain_usdm.sh` with this layout's variables."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from usdm_megatron.parallel_config import ParallelConfig
+from usdm_megatron.plan.search import PlannedLayout, short_name
+
+# what the example script passes itself: two as TP and PP, the others always
+_OF_THE_EXAMPLE = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+)
+
+
+def launch_script(found: PlannedLayout) -> str:
+    """Bash for every node of the run; where the data and the checkpoint are is the caller's to say."""
+    planned, layout, data = found.planned, found.layout, found.planned.data
+    per_node = min(planned.hardware.gpus_per_node, layout.world_size)
+    flags = "".join(f"    {flag}\n" for flag in extra_flags(found))
+    return f"""#!/usr/bin/env bash
+# {planned.model.name} on {layout.world_size} x {planned.hardware.name}, as `usdm-megatron plan` chose:
+# {short_name(planned.parallel, found.recompute)}; dp={layout.dp}, {planned.micro_batches} micro-batches
+# predicted: {_prediction(found)}
+#
+# Run it on every node, from the repository; again to resume. To set, beside NODE_RANK and MASTER_ADDR:
+#   CHECKPOINT  made by tools/convert_hf_checkpoint.py import
+#   DATA        prefix of a token store, made by tools/preprocess_data.py    VALID_DATA  the same (optional)
+#   OUT         the run, on a shared file system
+#   RECIPE      corrected (default) or usdm
+# EXTRA_ARGS is added to the flags here, and goes before them.
+set -euo pipefail
+: "${{CHECKPOINT:?is not set}}" "${{DATA:?is not set}}" "${{OUT:?is not set}}"
+export CHECKPOINT DATA OUT RECIPE="${{RECIPE:-corrected}}"
+export NNODES={layout.world_size // per_node} GPUS_PER_NODE={per_node} MASTER_PORT="${{MASTER_PORT:-29500}}"
+export TP={layout.tp} PP={layout.pp}
+flags=(
+{flags}    --seq-length {data.seq_length}
+    --global-batch-size {data.global_batch_size}
+    --micro-batch-size {data.micro_batch_size}
+    {"--bf16" if planned.bf16 else "--no-bf16"}
+)
+export EXTRA_ARGS="${{flags[*]}} ${{EXTRA_ARGS:-}}"
+exec bash examples/pretrain_usdm.sh
+"""
+
+
+def extra_flags(found: PlannedLayout) -> list[str]:
+    """Flags, each with its values, for all of the layout that the example script has no variable for."""
+    parallel, default, flags = found.planned.parallel, ParallelConfig(), []
+    for entry in fields(ParallelConfig):
+        name, value = entry.name.replace("_", "-"), getattr(parallel, entry.name)
+        if entry.name == "sequence_parallel":  # the example sets it whenever there is tensor parallelism
+            flags += [] if value or found.layout.tp == 1 else ["--no-sequence-parallel"]
+        elif entry.name in _OF_THE_EXAMPLE or value == getattr(default, entry.name):
+            continue
+        elif isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            flags.append(f"--{name} {' '.join(value)}")
+        else:
+            flags.append(f"--{name} {value}")
+    return flags
+
+
+def _prediction(found: PlannedLayout) -> str:
+    memory = f"{found.memory_gib:.1f} GiB on the fullest rank, bubble {found.bubble:.1%}"
+    if found.step is None:
+        return f"{memory}; no times, for want of kernel rates"
+    mfu = "" if found.mfu_full_s is None else f", {found.mfu_full_s:.1%} MFU (full-S formula)"
+    return (
+        f"{memory},\n#   {found.step.total:.3f} s a step, {found.tokens_per_s_per_gpu:,.0f} tokens/s/GPU{mfu}"
+    )

@@ -111,14 +111,15 @@ FAULTS = (
     Fault(
         "shared-adam-step",
         "usdm_megatron/train/optimizer.py",
-        "self._set_steps(steps)",
-        "self._set_steps(steps); s = torch.tensor(float(steps)); [e.update(step=s) for e in states.values()]",
+        "self._states.set_steps(steps)",
+        "self._states.set_steps(steps); s = torch.tensor(float(steps)); "
+        "[e.update(step=s) for e in states.values()]",
         (f"{_RESUME}test_resume_is_bit_exact[1x1x1-{{}}]",),
         "bias correction is off after a resume only, and fades",
     ),
     Fault(
         "masters-not-reloaded",
-        "usdm_megatron/train/optimizer.py",
+        "usdm_megatron/train/adam_states.py",
         "self._sharded.reload_model_params()",
         "pass",
         (f"{_RESUME}test_a_bf16_start_does_not_jump",),

@@ -106,7 +106,7 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """added to the denominator"""
     use_precision_aware_optimizer: bool = False
-    """Transformer Engine's Adam keeps the masters, 2 bytes each beside the bf16 weights (CUDA)"""
+    """Transformer Engine's Adam keeps the masters and reads gradients in the dtype of their sum (CUDA)"""
     optimizer_cpu_offload: bool = False
     """keep masters and moments in host memory, and update there (with the precision-aware optimizer)"""
     optimizer_offload_fraction: float = 1.0

@@ -90,6 +90,11 @@ class ParallelConfig:
             problems.append(
                 f"parallel: recompute module {', '.join(unknown)} is not one of core_attn, mlp, layernorm"
             )
+        if self.recompute_granularity == "selective" and not self.recompute_modules:
+            problems.append(
+                "parallel: --recompute-granularity selective without modules recomputes nothing; name some "
+                "with --recompute-modules, or drop it"
+            )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             problems.append("parallel: --overlap-param-gather needs --overlap-grad-reduce; set both")
         if self.distributed_timeout_minutes <= 0:

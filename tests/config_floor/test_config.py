@@ -68,9 +68,9 @@ def sections() -> dict[str, st.SearchStrategy[Any]]:
             "tensor_model_parallel_size": st.sampled_from([2, 4, 8]),
             "pipeline_model_parallel_size": st.sampled_from([3, 4]),
             "pipeline_model_parallel_layout": st.none(),
-            "recompute_modules": st.lists(st.sampled_from(["core_attn", "mlp", "layernorm"]), max_size=3).map(
-                tuple
-            ),
+            "recompute_modules": st.lists(
+                st.sampled_from(["core_attn", "mlp", "layernorm"]), min_size=1, max_size=3
+            ).map(tuple),
             "overlap_grad_reduce": st.just(True),
             "distributed_timeout_minutes": st.floats(1e-3, 1e6),
         },
@@ -334,6 +334,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         changed("parallel", recompute_modules=("moe",)),
         "recompute module moe is not one of core_attn, mlp, layernorm",
+    ),
+    (
+        changed("parallel", recompute_granularity="selective", recompute_modules=()),
+        "selective without modules recomputes nothing; name some with --recompute-modules",
     ),
     (
         changed("parallel", overlap_param_gather=True),

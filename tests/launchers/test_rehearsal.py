@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.training import jobs
 from tests.training.test_resume import losses
 
-STEPS = 30
+STEPS = 100
 STAND_INS = {
     # a host is a shell
     "ssh": 'while [[ "$1" == -* ]]; do shift 2; done\nshift\nexec bash -c "$*"\n',
@@ -118,7 +118,9 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 def ranks_of(run: Path) -> list[int]:
     """Process ids of the ranks that write to `run`."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,args="], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["ps", "-e", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True
+    )
     processes = (line.split(maxsplit=2) for line in listed.stdout.splitlines())
     return [
         int(pid) for pid, program, *rest in processes if "python" in program and f"--save {run}" in str(rest)

@@ -1,4 +1,4 @@
-"""Dropout follows the seed; every subset of targets, and every recompute mode, equal PEFT (`make test-full`)."""
+"""Dropout follows the seed; every subset of targets and recompute mode equals PEFT (`make test-full`)."""
 
 from __future__ import annotations
 

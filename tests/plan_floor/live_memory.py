@@ -1,4 +1,4 @@
-"""Three independent meters of a process's memory: autograd's saved tensors, live storages, the kernel's peak."""
+"""Three meters of a process's memory: autograd's saved tensors, live storages, the kernel's peak."""
 
 from __future__ import annotations
 
@@ -69,28 +69,16 @@ class _Held:
 class LiveBytes(TorchDispatchMode):
     """Bytes of all live storages: those there at the start, and those that operators make from then on.
 
-    What a caching allocator would report as allocated. `largest` lists what was alive at the peak.
+    What a caching allocator would report as allocated.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        there = all_tensors()
-        self._known = set(storages(there))
-        self.at_start = self.now = self.peak = sum(storages(there).values())
-        self._sizes: dict[int, tuple[int, str]] = {}
-        self.largest: list[tuple[int, str]] = []
-        for tensor in there:
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._known:
-                self._sizes.setdefault(storage._cdata, (storage.nbytes(), "start"))
-        for key in self._known:
-            assert key in self._sizes
-        seen = set()
-        for tensor in there:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
-                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        self._known: set[int] = set()
+        self.now = self.peak = 0
+        for tensor in all_tensors():
+            self._add(tensor.untyped_storage())
+        self.at_start = self.now
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -98,24 +86,20 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage(), str(func))
+                self._add(leaf.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage, source: str) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
         weakref.finalize(storage, self._release, key, size)
-        self._sizes[key] = (size, source)
         self.now += size
-        if self.now > self.peak:
-            self.peak = self.now
-            self.largest = list(self._sizes.values())
+        self.peak = max(self.peak, self.now)
 
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self._sizes.pop(key, None)
         self.now -= size
 
 

@@ -78,9 +78,7 @@ def _record(environment: Any, store: Any, vpp: int, micro_batches: int) -> list[
     with open_process_groups(layout, environment, timeout=TIMEOUT, store=store) as groups:
         config = build_transformer_config(model, parallel, dtype=torch.float32)
         chunks = [
-            _Chunk(
-                config, groups.is_first_stage and chunk == 0, groups.is_last_stage and chunk == vpp - 1
-            )
+            _Chunk(config, groups.is_first_stage and chunk == 0, groups.is_last_stage and chunk == vpp - 1)
             for chunk in range(vpp)
         ]
 

@@ -47,6 +47,7 @@ def simulated(environment: Any, store: Any, runs: list[RunShape], **options: Any
 
 def measured(environment: Any, store: Any, run: RunShape, layout: Layout) -> dict[str, Any]:
     """What a real rank holds, reads and needs; kernels keep what CUDA's would, so that peaks compare."""
+    import torch
     import torch.distributed as dist
 
     from tests.plan_floor.live_memory import LiveBytes, storages
@@ -57,6 +58,13 @@ def measured(environment: Any, store: Any, run: RunShape, layout: Layout) -> dic
     from usdm_megatron.train.preflight import build_order, open_stores
     from usdm_megatron.train.run import open_loader
 
+    class DeviceBytes(LiveBytes):
+        """Without the states of random generators, which core swaps and a GPU run has on the host."""
+
+        def _add(self, storage: torch.UntypedStorage) -> None:
+            if storage.nbytes() != torch.get_rng_state().numel():
+                super()._add(storage)
+
     quiet_upstream()
     with opened(environment, store, layout) as groups:
         seed_rank(run.config.training.seed, groups.coordinates)
@@ -66,7 +74,7 @@ def measured(environment: Any, store: Any, run: RunShape, layout: Layout) -> dic
         with open_loader(run.config, rows, order, run.vocabulary, groups) as loader:
             batches = loader.step_batches(STEP - 1)
         engine.models[0].config.deallocate_pipeline_outputs = True
-        with as_on_cuda(engine.models), LiveBytes() as live:
+        with as_on_cuda(engine.models), DeviceBytes() as live:
             engine.step.train(batches, engine.optimizer, targets=1, lr=0.0, stop=lambda: False)
         named = [
             (f"chunk_{index}.{name}", parameter)
@@ -107,7 +115,8 @@ def _boxes(models: list[Any]) -> Any:
         apply_factories(state)
         for value in nested_values(state):
             if isinstance(value, ShardedTensor):
-                yield value.key, tuple(value.global_offset), tuple(value.local_shape)
+                layer = (1,) * value.prepend_axis_num  # the tensor of a layer has no axis of layers
+                yield value.key, tuple(value.global_offset), (*layer, *value.local_shape)
 
 
 def wrongly_placed(environment: Any, store: Any, run: RunShape) -> Any:

@@ -56,9 +56,9 @@ def test_every_pass_once_without_deadlock_and_the_bubble_is_what_is_idle(pipelin
         assert most.total == sum(most.by_chunk) == min(warm_up, vpp * micro_batches)
     forward = Fraction(1, vpp)
     busy = 3 * forward * vpp * micro_batches
-    assert _time_of(orders, pp, vpp, forward) / busy - 1 == Fraction(bubble(pp, vpp, micro_batches)).limit_denominator(
-        10_000
-    )
+    assert _time_of(orders, pp, vpp, forward) / busy - 1 == Fraction(
+        bubble(pp, vpp, micro_batches)
+    ).limit_denominator(10_000)
 
 
 def test_what_core_refuses() -> None:

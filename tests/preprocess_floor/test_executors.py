@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from usdm_megatron.errors import EXIT_FAULT, ConfigError, DataError
@@ -23,6 +26,7 @@ from usdm_megatron.preprocess.executors import (
     WorkerFault,
     open_executor,
 )
+from usdm_megatron.preprocess.result_memory import ResultMemory
 
 ROOT = Path(__file__).parents[2]
 EXECUTORS = [SerialExecutor(), ProcessExecutor(2), RayExecutor(2)]
@@ -86,6 +90,36 @@ class TestAll:
     def test_a_bug_of_ours_stays_what_it_is(self, executor: Executor) -> None:
         with pytest.raises(ZeroDivisionError):
             list(executor.map(divide, [1, 0]))
+
+
+def arrays_of(task: int) -> dict[str, object]:
+    return {"task": task, "narrow": np.full(task, task, np.uint16), "wide": np.arange(task, dtype=np.int64)}
+
+
+@pytest.mark.parametrize("slot_bytes", [mmap.PAGESIZE // 4, 1 << 20])
+def test_arrays_of_a_result(slot_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they fit into the shared memory or not; an array lasts until the next result."""
+    monkeypatch.setattr(executors, "ResultMemory", partial(ResultMemory, slot_bytes=slot_bytes))
+    for task, result in enumerate(ProcessExecutor(2).map(arrays_of, range(100))):
+        expected = arrays_of(task)
+        assert result.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(result[name], expected[name], strict=True)
+
+
+def test_results_larger_than_a_slot_are_sent_as_they_are() -> None:
+    memory = ResultMemory(2, slot_bytes=1 << 16)
+    small, large = np.arange(100), np.arange(10_000)
+    stored = [memory.store(1, (small, small + 1)), memory.store(0, large), memory.store(0, None)]
+    assert [len(one.places) for one in stored] == [2, 0, 0]
+    assert [place.start for place in stored[0].places] == [1 << 16, (1 << 16) + 832]
+    loaded, whole, nothing = map(memory.load, stored)
+    memory.close()
+    for found, array in zip((*loaded, whole), (small, small + 1, large), strict=True):
+        np.testing.assert_array_equal(found, array)
+    assert nothing is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        memory.close()
 
 
 def test_a_killed_worker_is_an_error_and_no_hang() -> None:

@@ -16,7 +16,7 @@ import xxhash
 from usdm_megatron.cli import inspect_store as inspect_cli
 from usdm_megatron.cli import preprocess as preprocess_cli
 from usdm_megatron.cli.entry import run_guarded
-from usdm_megatron.data.token_store import TokenStore
+from usdm_megatron.data.token_store import SourceFile, TokenStore
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 from usdm_megatron.errors import ConfigError, DataError
 from usdm_megatron.preprocess.stores import (
@@ -80,6 +80,14 @@ def test_both_inputs_give_the_same_store(tmp_path: Path, cache: Path, parts: lis
         (path.name, f"xxh128:{xxhash.xxh3_128(path.read_bytes()).hexdigest()}") for path in reversed(parts)
     ]
     assert text.summary.fill == 15 / 30
+
+
+def test_stores_whose_sources_have_another_hash(tmp_path: Path, parts: list[Path]) -> None:
+    preprocess_packed(parts, str(tmp_path / "P"), StoreOptions(seq_length=10))
+    record = json.loads((tmp_path / "P.json").read_text())
+    record["sources"] = [{"name": "x", "bytes": 5, "sha256": "ab"}]
+    (tmp_path / "P.json").write_text(json.dumps(record))
+    assert TokenStore.open(tmp_path / "P").summary.sources == (SourceFile("x", 5, "sha256:ab"),)
 
 
 def test_a_single_dataset_gives_one_store(tmp_path: Path, cache: Path) -> None:

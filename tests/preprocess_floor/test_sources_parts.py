@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess import parquet_rows, row_sources, text_lines
 from usdm_megatron.preprocess.row_sources import PackedTextSource, open_cache
 from usdm_megatron.preprocess.rows import RowBlock, RowSource
-from usdm_megatron.preprocess.text_lines import LinePlace, line_parts, parse_numbers, read_lines
+from usdm_megatron.preprocess.text_lines import (
+    LinePart,
+    LinePlace,
+    line_parts,
+    parse_id_part,
+    parse_numbers,
+    read_lines,
+)
 
 ROWS = [[1, *range(3, 3 + number % 9), 2] for number in range(50)]
 
@@ -203,3 +211,44 @@ def test_numbers_as_python_reads_them(
         found = parse_numbers(text, LinePlace(Path("x"), 0), "numbers")
     assert found.numbers.tolist() == [int(word) for line in words for word in line]
     assert found.lengths.tolist() == [len(line) for line in words]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.lists(
+        st.tuples(st.integers(0, 10**7) | st.integers(0, 300), st.integers(0, 80), st.sampled_from(" \n\t")),
+        min_size=1,
+        max_size=30,
+    ),
+    chunk_bytes=st.integers(1, 40),
+    ends_with_newline=st.booleans(),
+)
+def test_a_part_is_parsed_as_its_text(
+    tmp_path_factory: pytest.TempPathFactory,
+    words: list[tuple[int, int, str]],
+    chunk_bytes: int,
+    ends_with_newline: bool,
+) -> None:
+    text = "".join("0" * zeros + str(number) + gap for number, zeros, gap in words).rstrip() + "\n"
+    path = tmp_path_factory.getbasetemp() / "part.txt"
+    path.write_text("7\n" + (text if ends_with_newline else text[:-1]), newline="")
+    (part,) = line_parts(path, "ids")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_lines, "_CHUNK_BYTES", chunk_bytes)
+        expected = text[:-1].split("\n")
+        try:
+            found = parse_id_part(replace(part, start=2), "ids")
+        except DataError:
+            assert not all(line.split() for line in expected)
+        else:
+            assert found.numbers.tolist() == [int(word) for word in text.split()]
+            assert found.lengths.tolist() == [len(line.split()) for line in expected]
+
+
+def test_a_part_of_a_file_that_became_shorter(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("1 2\n")
+    for read in (read_lines, lambda part: parse_id_part(part, "ids")):
+        with pytest.raises(DataError, match="x: became shorter while it was read"):
+            read(LinePart(tmp_path / "x", 0, 5))
+        with pytest.raises(DataError, match=r"y: cannot be read \(No such file"):
+            read(LinePart(tmp_path / "y", 0, 5))

@@ -244,6 +244,51 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {PP: 3, "--world-size": 3, "--recompute-granularity": "full", "--recompute-num-layers": 3},
         ("parallel: recompute_num_layers 3 exceeds the 2 layers of a pipeline chunk; lower it",),
     ),
+    "uniform groups that do not divide a chunk": (
+        {
+            PP: 2,
+            "--world-size": 2,
+            "--decoder-first-pipeline-num-layers": 2,
+            "--recompute-granularity": "full",
+            "--recompute-num-layers": 4,
+        },
+        (
+            "recompute_num_layers 4 does not divide the 2 layers of a pipeline chunk",
+            "--recompute-method block",
+        ),
+    ),
+    "layernorm recompute without Transformer Engine": (
+        {"--recompute-granularity": "selective", "--recompute-modules": "layernorm"},
+        ("recompute module layernorm needs transformer-engine", "drop it from --recompute-modules"),
+    ),
+    "first stage that leaves too little": (
+        {PP: 3, "--world-size": 3, "--decoder-first-pipeline-num-layers": 5},
+        (
+            "5 in the first stage leave 1 of the model's 6 layers to 2 other stages",
+            "--pipeline-model-parallel-l",
+        ),
+    ),
+    "pipeline layout of another model": (
+        {PP: 2, "--world-size": 2, "--pipeline-model-parallel-layout": "Et*4|t*4L"},
+        ("'Et*4|t*4L' holds 8 layers and the model has 6; it must hold them all",),
+    ),
+    "adapters on a stage without layers": (
+        {
+            PP: 3,
+            "--world-size": 3,
+            "--pipeline-model-parallel-layout": "E|t*5|tL",
+            "--lora": True,
+            "--no-train-new-embeddings": True,
+        },
+        ("lora: stage 0 of --pipeline-model-parallel-layout E|t*5|tL holds no layer", "give every stage one"),
+    ),
+    "precision-aware optimizer without CUDA": (
+        {"--bf16": True, "--use-precision-aware-optimizer": True, "--optimizer-cpu-offload": True},
+        (
+            "--use-precision-aware-optimizer (with --optimizer-cpu-offload) needs CUDA and transformer-",
+            "there is no CUDA here; drop it",
+        ),
+    ),
     "te without CUDA": (
         {"--core-attention": "te"},
         ("model: core_attention te cannot run: it needs CUDA and there is none; use --core-attention auto",),
@@ -559,6 +604,14 @@ def test_config_file_refused(case: str, refused: Refused, tmp_path: Path) -> Non
     for part in says:
         assert part in message
     assert message.count(f"error: --config {path}") == max(1, len(says))
+
+
+def test_an_environment_that_is_not_deterministic(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    message = refused({"--deterministic-mode": True})
+    assert "sets NVTE_ALLOW_NONDETERMINISTIC_ALGO=1; unset it, or set one of 0" in message
+    assert "CUBLAS" not in message
 
 
 def test_config_file_that_cannot_be_read(refused: Refused, tmp_path: Path) -> None:

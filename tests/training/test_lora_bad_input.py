@@ -85,7 +85,7 @@ def test_a_vocabulary_without_new_ids(started: Started, tmp_path: Path, data: Pa
     vocabulary = Vocabulary(text_size=tiny.VOCABULARY.size, unit_count=0)
     hf = tiny.write_hf_model(tmp_path / "hf")
     root = tiny.write_checkpoint(hf, tmp_path / "plain", vocabulary)
-    message = started("--lora", "--pretrained-checkpoint", str(root))
+    message = started("--lora", "--train-new-embeddings", "--pretrained-checkpoint", str(root))
     assert "has no speech ids whose rows could train" in message and "--no-train-new-embeddings" in message
 
 

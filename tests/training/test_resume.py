@@ -119,7 +119,11 @@ def serial_run(stores: Path, tiny_model: Any, tmp_path_factory: pytest.TempPathF
     return run
 
 
-OTHER_LAYOUTS = [Layout(2, 2, sp=True), Layout(1, 1, 2), Layout(2, 1, 2), Layout(1, 2, vpp=3), Layout(1, 3)]
+OTHER_LAYOUTS = [
+    Layout(2, 2, sp=True), Layout(1, 1, 2), Layout(2, 1, 2), Layout(1, 2, vpp=3), Layout(1, 3),
+    Layout(1, 2, 2, vpp=2, extra=(*jobs.chunks("Ett|t|t|ttL"), *jobs.OVERLAP, *jobs.NEAR_STAGES)),
+]  # fmt: skip
+UNEVEN = Layout(1, 3, extra=jobs.chunks("E|t*5|tL"))
 
 
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS, ids=str)
@@ -129,7 +133,8 @@ def test_resume_at_another_layout(
     """The same rows, every later loss within 1e-5: weights, moments, masters, Adam's step are resharded."""
     resumed = tmp_path / "run"
     killed_after(SAVED_AT, serial_run, resumed)
-    results = train(layout, stores, tiny_model, resumed, data={"micro_batch_size": 2})
+    micro_batch = 1 if layout.vpp > 1 and layout.dp > 1 else 2  # as many micro-batches as stages, at least
+    results = train(layout, stores, tiny_model, resumed, data={"micro_batch_size": micro_batch})
     for (step, loss, norm), (again, loss_again, norm_again) in zip(
         losses(serial_run), losses(resumed), strict=True
     ):
@@ -138,6 +143,22 @@ def test_resume_at_another_layout(
         assert norm_again == pytest.approx(norm, rel=1e-4)
     rows = [row for step in range(SAVED_AT, STEPS) for row in rows_of(results, step)]
     assert rows == list(range(SAVED_AT * 4, ROWS))
+
+
+def test_resume_of_an_uneven_pipeline_elsewhere(
+    serial_run: Path, stores: Path, tiny_model: Any, tmp_path: Path
+) -> None:
+    """What stages of other sizes save belongs to the model's layers, not to the stages."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(UNEVEN, stores, tiny_model, first)
+    expected, found = (tensors(run / f"iter_{STEPS:07d}") for run in (serial_run, first))
+    assert {key: tensor.shape for key, tensor in found.items() if key != "random_state"} == {
+        key: tensor.shape for key, tensor in expected.items() if key != "random_state"
+    }
+    killed_after(SAVED_AT, first, second)
+    train(Layout(2, 2), stores, tiny_model, second)
+    for (_, loss, _), (_, again, _) in zip(losses(serial_run), losses(second), strict=True):
+        assert again == pytest.approx(loss, rel=1e-5)
 
 
 def rows_of(results: list[dict[str, Any]], step: int) -> list[int]:

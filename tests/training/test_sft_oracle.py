@@ -21,7 +21,7 @@ from tests.training import jobs, reference
 from tests.training.dialogs import Dialog, random_dialogs, write_lines, write_rows
 from tests.training.jobs import Layout
 from tests.training.test_model_parity import hf_tensors
-from tests.training.test_oracle import relative_update_error, train_lines
+from tests.training.test_oracle import record, relative_update_error, train_lines
 from usdm_megatron.data.order import RowOrder
 from usdm_megatron.data.token_store import TokenStore
 
@@ -161,6 +161,7 @@ def test_fine_tuning_equals_plain_pytorch(
     trained = hf_tensors(run / f"iter_{STEPS:07d}")
     worst = max(relative_update_error(trained[name], *pair) for name, pair in weights.items())
     assert worst <= 1e-3
+    record(layout, MICRO_BATCH, ours, losses, worst)
     (line,) = eval_lines(run)
     assert all(0 < line[name] < 1 for name in ("accuracy", "accuracy_text", "accuracy_unit"))
     assert {name: line[name] for name in evaluation} == pytest.approx(evaluation, rel=1e-4)

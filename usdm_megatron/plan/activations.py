@@ -25,9 +25,9 @@ class Kernels:
 
     Norms and SwiGLU keep their inputs alone everywhere (`model/fused.py`). Attention: `segments`
     (`model/attention.py`, one call of torch's a segment) keeps q, k and v in its own order and its output
-    twice; `flash` (flash-attn 2 `FlashAttnVarlenFunc`, torch's `varlen_attn`) keeps q, k, the fused projection
-    that v is a view of, its output and a log-sum-exp; `te` (TransformerEngine, which makes v contiguous) keeps
-    v alone instead of the projection.
+    twice; `flash` (flash-attn 2 `FlashAttnVarlenFunc`, torch's `varlen_attn`) keeps q, k, the fused
+    projection that v is a view of, its output and a log-sum-exp; `te` (TransformerEngine, which makes v
+    contiguous) keeps v alone instead of the projection.
     """
 
     attention: Literal["segments", "flash", "te"]

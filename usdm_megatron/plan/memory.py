@@ -21,6 +21,7 @@ from usdm_megatron.vocab import Vocabulary
 
 _PARAMETER_ALIGNMENT = 64  # elements (megatron-core 0.16.1 `param_and_grad_buffer.py:661`)
 _BUCKET_ALIGNMENT = 128
+_TELLING_ROUNDS = 3  # of as many micro-batches as stages: more of them hold no more
 _LEAST_BUCKET = 40_000_000  # elements (`distributed_data_parallel.py:65`)
 
 
@@ -29,7 +30,8 @@ class StageMemory:
     """Bytes on the rank of a stage that holds most, at the step's fullest instant.
 
     activations: kept for backward passes, of all micro-batches in flight. logits: what final norm, output
-    layer and loss keep, and the loss needs while it is computed. buffers: batches, RoPE tables, messages, and what the pass that runs needs.
+    layer and loss keep, and the loss needs while it is computed. buffers: batches, RoPE tables, messages, and
+    what the pass that runs needs.
     """
 
     weights: int
@@ -208,21 +210,23 @@ def _step_peak(
     pp, vpp = parallel.pipeline_model_parallel_size, len(shapes)
     chunks = [chunk_footprint(model, parallel, kernels, shape, element) for shape in shapes]
     head = head_footprint(model, parallel, kernels, shapes[-1], element)
-    # the steady state holds no more after this many
-    enough = min(micro_batches, 3 * pp)
     stream = Sizes.of(model, parallel, shapes[0].tokens, element).stream
     held = heads = 0
-    peak = _StepPeak(0, 0, 0)
-    fullest = -1
-    for call in order_of_calls(pp, vpp, stage, enough):
-        chunk = chunks[call.chunk]
-        has_head = shapes[call.chunk].is_last
+    newest: dict[int, int] = {}  # last micro-batch that went forward, by chunk
+    stale: set[int] = set()  # chunks that still hold the input of a pass that is over, and its gradient
+    peak, fullest = _StepPeak(0, 0, 0), -1
+    for call in order_of_calls(pp, vpp, stage, min(micro_batches, _TELLING_ROUNDS * pp)):
+        chunk, has_head = chunks[call.chunk], shapes[call.chunk].is_last
+        passing = stream * (_messages(parallel, kernels, stage, call.kind) + 2 * len(stale - {call.chunk}))
+        losing = 0
         if call.kind == "forward":
+            newest[call.chunk] = call.micro_batch
+            stale.discard(call.chunk)
             held += chunk.saved
             heads += has_head
-        passing = stream * _messages(parallel, stage, call.kind)
-        losing = chunk.forward if call.kind == "forward" else 0
-        passing += chunk.backward if call.kind == "backward" else 0
+            losing = chunk.forward
+        else:
+            passing += chunk.backward
         if held + losing + passing > fullest:
             fullest = held + losing + passing
             logits = heads * head.saved
@@ -230,13 +234,18 @@ def _step_peak(
         if call.kind == "backward":
             held -= chunk.saved
             heads -= has_head
+            if newest[call.chunk] == call.micro_batch and not shapes[call.chunk].is_first:
+                stale.add(call.chunk)
     return peak
 
 
-def _messages(parallel: ParallelConfig, stage: int, passing: Literal["forward", "backward"]) -> int:
+def _messages(
+    parallel: ParallelConfig, kernels: Kernels, stage: int, passing: Literal["forward", "backward"]
+) -> int:
     """Messages between stages that are there beside those of the pass that runs."""
     if parallel.num_virtual_stages_per_pipeline_rank > 1:
-        return 2 + (stage > 0)  # received ahead in either direction; sent back by the pass before
+        # received ahead in either direction; sent back by the pass before; sent and not freed yet
+        return 2 + (stage > 0) + kernels.frees_sent_outputs
     if stage == 0:
         return 0
     return 2 if passing == "forward" else 1  # the last gradient sent back; its input until a new output

@@ -29,15 +29,14 @@ class ResultMemory:
     Pickled only to processes that are being started.
     """
 
-    def __init__(self, slots: int, descriptor: int | None = None) -> None:
+    def __init__(self, slots: int, slot_bytes: int = SLOT_BYTES, descriptor: int | None = None) -> None:
         self.slots = slots
-        self._descriptor = _nameless_file() if descriptor is None else descriptor
-        if descriptor is None:
-            os.truncate(self._descriptor, slots * SLOT_BYTES)
-        self._map = mmap.mmap(self._descriptor, slots * SLOT_BYTES)
+        self._slot_bytes = slot_bytes
+        self._descriptor = _nameless_file(slots * slot_bytes) if descriptor is None else descriptor
+        self._map = mmap.mmap(self._descriptor, slots * slot_bytes)
 
     def __reduce__(self) -> tuple[Callable[..., ResultMemory], tuple[Any, ...]]:
-        return _in_a_worker, (self.slots, reduction.DupFd(self._descriptor))
+        return _in_a_worker, (self.slots, self._slot_bytes, reduction.DupFd(self._descriptor))
 
     def close(self) -> None:
         """No more workers can be started; what is mapped stays."""
@@ -48,7 +47,7 @@ class ResultMemory:
         arrays: list[pickle.PickleBuffer] = []
         pickled = pickle.dumps(result, protocol=5, buffer_callback=arrays.append)
         places = []
-        at, end = slot * SLOT_BYTES, (slot + 1) * SLOT_BYTES
+        at, end = slot * self._slot_bytes, (slot + 1) * self._slot_bytes
         for array in arrays:
             content = array.raw()
             if at + len(content) > end:
@@ -64,14 +63,18 @@ class ResultMemory:
         return pickle.loads(stored.pickled, buffers=[view[place] for place in stored.places])  # nosec B301
 
 
-def _in_a_worker(slots: int, duplicate: Any) -> ResultMemory:
-    memory = ResultMemory(slots, duplicate.detach())
+def _in_a_worker(slots: int, slot_bytes: int, duplicate: Any) -> ResultMemory:
+    memory = ResultMemory(slots, slot_bytes, duplicate.detach())
     memory.close()
     return memory
 
 
-def _nameless_file() -> int:
+def _nameless_file(size_bytes: int) -> int:
+    """Descriptor of a file in memory, or else on disk, that takes space where it is written alone."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("preprocessing-results")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        descriptor = os.memfd_create("preprocessing-results")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.truncate(descriptor, size_bytes)
+    return descriptor

@@ -221,9 +221,9 @@ def _chunks_of_file(part: LinePart) -> Iterator[np.ndarray]:
             if left:
                 begin = max(0, held - _LONGEST_WORD_BYTES)
                 end = 1 + max(buffer.rfind(gap, begin, held) for gap in _WHITE_SPACE)
-            elif not buffer.endswith(LINE_END, 0, held):
-                buffer, end = buffer[:held] + LINE_END, held + 1
             else:
+                if not buffer.endswith(LINE_END, 0, held):
+                    buffer, held = buffer[:held] + LINE_END, held + 1
                 end = held
             if end:
                 yield np.frombuffer(buffer, np.uint8, end)

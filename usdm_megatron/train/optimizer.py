@@ -26,6 +26,7 @@ from usdm_megatron.config import OptimizerConfig as AdamConfig
 from usdm_megatron.config import ParallelConfig
 from usdm_megatron.model.lora.new_rows import NewRows
 from usdm_megatron.runtime.process_groups import ProcessGroups
+from usdm_megatron.train.adam_states import states_of
 
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
@@ -95,6 +96,10 @@ class AdamW:
                 bf16=bf16,
                 params_dtype=torch.bfloat16 if bf16 else torch.float32,
                 use_distributed_optimizer=True,
+                use_precision_aware_optimizer=config.use_precision_aware_optimizer,
+                store_param_remainders=False,  # whole masters: loadable by any other optimizer
+                optimizer_cpu_offload=config.optimizer_cpu_offload,
+                optimizer_offload_fraction=config.optimizer_offload_fraction,
                 overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             ),
             chunks,
@@ -104,12 +109,12 @@ class AdamW:
         )
         (self._sharded,) = chained.chained_optimizers
         assert isinstance(self._sharded, DistributedOptimizer)
-        self._torch_adam = isinstance(self._sharded.optimizer, torch.optim.AdamW)
+        self._states = states_of(self._sharded)
         for group in self._sharded.param_groups:
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
-            if self._torch_adam:
+            if isinstance(self._sharded.optimizer, torch.optim.AdamW):
                 group["fused"] = True
-        self._create_states()
+        self._states.create()
 
     def zero_grad(self) -> None:
         self._sharded.zero_grad()
@@ -132,8 +137,7 @@ class AdamW:
         """One AdamW update at `lr`, gradients clipped to the configured norm first."""
         limit = self._config.clip_grad
         if limit > 0 and gradient_norm > limit:
-            grads = [p.grad for p in self._sharded.get_parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, limit / (gradient_norm + _CLIP_EPSILON))
+            torch._foreach_mul_(self._states.gradients(), limit / (gradient_norm + _CLIP_EPSILON))
         for group in self._sharded.param_groups:
             group["lr"] = lr
         self._sharded.step_with_ready_grads()
@@ -146,7 +150,7 @@ class AdamW:
 
     def reload_masters(self) -> None:
         """Take the fp32 masters from the model: after loading weights without optimizer state."""
-        self._sharded.reload_model_params()
+        self._states.reload_masters()
 
     def sharded_state(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """Masters and moments in the shapes of the model's parameters, loadable at any layout."""
@@ -162,16 +166,11 @@ class AdamW:
         for entry in states.values():
             entry.pop("step", None)  # core copies every entry by name and has no "step" to copy
         self._sharded.load_parameter_state_from_fully_reshardable(state["param_state"])
-        self._set_steps(steps)
+        self._states.set_steps(steps)
 
     def state_bytes(self) -> int:
         """Bytes of masters and moments on this rank."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for parameter, entry in self._sharded.optimizer.state.items()
-            for tensor in (parameter, *entry.values())
-            if isinstance(tensor, Tensor)
-        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._states.tensors())
 
     def owned_part(self, parameter: Tensor) -> range:
         """Which elements of `parameter`, flattened, this replica updates; it may be none of them."""
@@ -179,21 +178,6 @@ class AdamW:
             return range(0)
         own = self._sharded._get_model_param_range_map(parameter)["param"]
         return range(own.start, own.end)
-
-    def _create_states(self) -> None:
-        states = self._sharded.optimizer.state
-        for parameter in self._sharded.get_parameters():
-            states[parameter]["exp_avg"] = torch.zeros_like(parameter)
-            states[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-        self._set_steps(0)
-
-    def _set_steps(self, steps: int) -> None:
-        if not self._torch_adam:  # TE's FusedAdam counts in the group
-            for group in self._sharded.param_groups:
-                group["step"] = steps
-            return
-        for parameter, entry in self._sharded.optimizer.state.items():
-            entry["step"] = torch.tensor(float(steps), device=parameter.device)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from usdm_megatron.data.order import RowOrder, rows_of_steps
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.errors import CheckpointError, ConfigError, DataError
 from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.pipeline_stages import layout_chunks
 from usdm_megatron.recipes import Task
 from usdm_megatron.runtime.deterministic import determinism_problems
 from usdm_megatron.train.schedule import Schedule, build_schedule
@@ -86,16 +87,12 @@ def plan_run(config: RunConfig, layout: ParallelLayout, start: StartPoint) -> Ru
     train_store, valid_store = open_stores(config)
     problems = layout_problems(architecture, facts.vocabulary.padded_size, config.parallel)
     problems += _machine_problems(config)
+    problems += _lora_problems(config, facts)
     if config.data.seq_length > architecture.max_positions:
         problems.append(
             f"data: seq_length {config.data.seq_length} exceeds the model's "
             f"{architecture.max_positions} positions "
             f"(max_position_embeddings); lower --seq-length"
-        )
-    if config.lora.enabled and config.lora.train_new_embeddings and not facts.vocabulary.has_speech:
-        problems.append(
-            f"lora: {start.directory} has no speech ids whose rows could train; extend its vocabulary "
-            "when it is converted (import --extend-vocab usdm), or give --no-train-new-embeddings"
         )
     if config.checkpoint.keep_best and valid_store is None:
         problems.append("checkpoint: --keep-best compares evaluation losses; give --valid-data-path")
@@ -178,6 +175,28 @@ def build_valid_order(config: RunConfig, layout: ParallelLayout, store_rows: int
     )
 
 
+def _lora_problems(config: RunConfig, facts: CheckpointFacts) -> list[str]:
+    """What leaves adapters nothing to train."""
+    if not config.lora.enabled:
+        return []
+    problems = []
+    if config.lora.train_new_embeddings and not facts.vocabulary.has_speech:
+        problems.append(
+            f"lora: {facts.directory} has no speech ids whose rows could train; extend its vocabulary "
+            "when it is converted (import --extend-vocab usdm), or give --no-train-new-embeddings"
+        )
+    text = config.parallel.pipeline_model_parallel_layout
+    pp = config.parallel.pipeline_model_parallel_size
+    chunks = () if text is None else layout_chunks(text)
+    problems += [
+        f"lora: stage {stage} of --pipeline-model-parallel-layout {text} holds no layer, so nothing trains "
+        "there; give every stage one"
+        for stage in range(pp if chunks else 0)
+        if not any("t" in chunk for chunk in chunks[stage::pp])
+    ]
+    return problems
+
+
 def _machine_problems(config: RunConfig) -> list[str]:
     """What this configuration needs of the machine and does not find here."""
     import torch
@@ -195,7 +214,7 @@ def _machine_problems(config: RunConfig) -> list[str]:
             " (with --optimizer-cpu-offload)" if config.optimizer.optimizer_cpu_offload else ""
         )
         problems.append(
-            f"optimizer: {asked} needs CUDA and transformer-engine >= 2.1, whose Adam it is, and {missing}; "
+            f"optimizer: {asked} needs CUDA and transformer-engine >= 2.9, whose Adam it is, and {missing}; "
             "drop it"
         )
     return problems

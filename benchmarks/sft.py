@@ -33,7 +33,7 @@ from usdm_megatron.lora_spec import TARGETS
 GROUPS: dict[str, tuple[str, ...]] = {"full": (), "lora q v": ("q_proj", "v_proj"), "lora all": TARGETS}
 _TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 2e-2}
 _POLL_S = 0.002
-_DEADLINE_S = 600
+_DEADLINE_S = 1200
 
 
 @dataclass(frozen=True)

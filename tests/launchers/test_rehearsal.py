@@ -22,6 +22,7 @@ from tests.training import jobs
 from tests.training.test_resume import losses
 
 STEPS = 100
+pytestmark = pytest.mark.timeout(600)  # two launches each, with all that a start checks
 STAND_INS = {
     # a host is a shell
     "ssh": 'while [[ "$1" == -* ]]; do shift 2; done\nshift\nexec bash -c "$*"\n',

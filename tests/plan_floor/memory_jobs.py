@@ -8,39 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.plan_floor.memory_cases import VOCABULARY, Case
 from tests.training.jobs import Layout, batch_of, opened, run_config
-from usdm_megatron.architecture import HFArchitecture
-from usdm_megatron.vocab import Vocabulary
-
-VOCABULARY = Vocabulary(text_size=300, unit_count=100)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A run to measure: seconds long, and with activations that outweigh the weights."""
-
-    layout: Layout = Layout()
-    seq_length: int = 1024
-    micro_batch_size: int = 1
-    micro_batches: int = 2
-    bf16: bool = False
-    layers: int = 4
-    changes: tuple[tuple[str, Any], ...] = ()  # to the architecture
-
-    @property
-    def model(self) -> HFArchitecture:
-        fields: dict[str, Any] = {
-            "hidden": 64,
-            "layers": self.layers,
-            "heads": 4,
-            "kv_heads": 2,
-            "head_dim": 16,
-            "ffn": 224,
-            "vocab_size": VOCABULARY.size,
-            "max_positions": 8192,
-            "sliding_window": None,
-        }
-        return HFArchitecture(**{**fields, **dict(self.changes)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,4 +182,7 @@ def kernel_bytes(environment: Any, store: Any) -> dict[str, tuple[int, int]]:
     def torchs(q: Any, k: Any, v: Any, bounds: Any) -> Any:
         return varlen_attn(q, k, v, bounds, bounds, 32, 32, window_size=(-1, 0), enable_gqa=True)
 
-    return {"ours": held(lambda q, k, v, bounds: fused_attention(q, k, v, None, None)), "torch's": held(torchs)}
+    return {
+        "ours": held(lambda q, k, v, bounds: fused_attention(q, k, v, None, None)),
+        "torch's": held(torchs),
+    }

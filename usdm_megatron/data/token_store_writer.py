@@ -150,7 +150,7 @@ class TokenStoreWriter:
         def where(row: int) -> str:
             return f"{self._prefix}: row {self._rows + row}" + (f" ({place(row)})" if place else "")
 
-        check_rows(tokens, row_lengths, where, self._vocabulary, self._row_capacity)
+        largest_id = check_rows(tokens, row_lengths, where, self._vocabulary, self._row_capacity)
         if loss_mask is not None:
             self._append_mask(loss_mask, sample_ends, row_lengths)
         self._bin.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
@@ -159,7 +159,7 @@ class TokenStoreWriter:
         self._rows += len(row_ends)
         self._tokens += len(tokens)
         self._longest_row = max(self._longest_row, int(row_lengths.max()))
-        self._largest_id = max(self._largest_id, int(tokens.max()))
+        self._largest_id = max(self._largest_id, largest_id)
 
     def _append_mask(self, mask: np.ndarray, sample_ends: np.ndarray, row_lengths: np.ndarray) -> None:
         if len(mask) != int(sample_ends[-1]) or int(mask.max()) > 1 or int(mask.min()) < 0:
@@ -285,8 +285,8 @@ def check_rows(
     where: Callable[[int], str],
     vocabulary: Vocabulary,
     row_capacity: int,
-) -> None:
-    """Compare rows (`tokens` `[T]`, `row_lengths` `[R]`) with capacity and vocabulary.
+) -> int:
+    """Compare rows (`tokens` `[T]`, `row_lengths` `[R]`) with capacity and vocabulary; the largest id.
 
     The `DataError` names the first bad row by `where(row)`.
     """
@@ -296,7 +296,8 @@ def check_rows(
             f"{where(row)} holds {row_lengths[row]} tokens, more than --seq-length {row_capacity}; "
             "pass a larger --seq-length or pack the rows again"
         )
-    if not are_ids(tokens, vocabulary):
+    largest_id = int(tokens.max())
+    if largest_id >= vocabulary.size or has_negative(tokens):
         at = int(np.argmax((tokens < 0) | (tokens >= vocabulary.size)))
         row = int(np.searchsorted(np.cumsum(row_lengths), at, side="right"))
         raise DataError(
@@ -304,12 +305,12 @@ def check_rows(
             f"(0 to {vocabulary.size - 1}); it was made with another tokenizer: check --vocab and "
             "--text-vocab-size"
         )
+    return largest_id
 
 
-def are_ids(tokens: np.ndarray, vocabulary: Vocabulary) -> bool:
-    """Whether `tokens` `[T]`, at least one, are all in the vocabulary."""
-    is_unsigned = tokens.dtype.kind == "u"
-    return int(tokens.max()) < vocabulary.size and (is_unsigned or int(tokens.min()) >= 0)
+def has_negative(tokens: np.ndarray) -> bool:
+    """Whether one of `tokens` `[T]`, T at least 1, is below 0."""
+    return tokens.dtype.kind != "u" and int(tokens.min()) < 0
 
 
 def _temporary(path: Path) -> Path:

@@ -91,6 +91,8 @@ class PackedCoreAttention(MegatronModule):
         cos, sin = packed_seq_params.rope_cos_TD, packed_seq_params.rope_sin_TD
         assert cos is not None and sin is not None
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        # a view would keep the whole fused projection for the backward pass, six times as much in Mistral
+        value = value.contiguous()
         return self.attend(query, key, value, packed_seq_params, self.window).reshape(query.size(0), -1)
 
     def _build(self, layer_number: int, attention_type: str, pg_collection: Any) -> AttentionFunction:

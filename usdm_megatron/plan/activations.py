@@ -21,29 +21,25 @@ _LOSS_CHUNK_ELEMENTS = 16 * 2**20  # fp32 logits that the loss holds at a time (
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the kernels of a run keep; those of `CPU` are measured, the others read from their sources.
+    """What the kernels of a run keep; those of `CPU` are measured, those of `CUDA` read from their sources.
 
-    Norms and SwiGLU keep their inputs alone everywhere (`model/fused.py`). Attention: `segments`
-    (`model/attention.py`, one call of torch's a segment) keeps q, k and v in its own order and its output
-    twice; `flash` (flash-attn 2 `FlashAttnVarlenFunc`, torch's `varlen_attn`) keeps q, k, the fused
-    projection that v is a view of, its output and a log-sum-exp; `te` (TransformerEngine, which makes v
-    contiguous) keeps v alone instead of the projection.
+    Norms and SwiGLU keep their inputs alone everywhere (`model/fused.py`). Attention: `segments` (one call of
+    torch's a segment, `model/attention.py`) keeps q, k and v in its own order and its output twice, and of
+    segments longer than the window masks, which are not counted; `fused` (flash-attn 2, TransformerEngine,
+    torch's `varlen_attn`) keeps q, k, v, its output and a log-sum-exp.
     """
 
-    attention: Literal["segments", "flash", "te"]
+    attention: Literal["segments", "fused"]
     frees_sent_outputs: bool  # of interleaved chunks, whose messages NCCL orders and gloo does not
 
 
 CPU = Kernels("segments", frees_sent_outputs=False)
-FLASH = Kernels("flash", frees_sent_outputs=True)
-TE = Kernels("te", frees_sent_outputs=True)
+CUDA = Kernels("fused", frees_sent_outputs=True)
 
 
 def kernels_of(backend: CoreAttention, device: Literal["cpu", "cuda"]) -> Kernels:
-    """What a run with this attention backend keeps on this device; `auto` on CUDA means te."""
-    if device == "cpu":
-        return CPU
-    return TE if backend in ("te", "auto") else FLASH
+    """What a 16-bit run keeps on this device; on CUDA every attention backend keeps the same."""
+    return CPU if device == "cpu" else CUDA
 
 
 @dataclass(frozen=True)
@@ -139,19 +135,18 @@ class _Layer:
         ]
 
     def _norm(self, read: str, write: str) -> Op:
-        """Of 16-bit tensors the backward pass makes fp32 ones."""
+        """On CPU the backward pass makes fp32 copies of 16-bit tensors; on CUDA it is never the fullest."""
         wide = self.sizes.stream * 4 // self.sizes.element
         return Op((read,), (write,), (read, f"{write}.statistics"), scratch=3 * wide)
 
     def _column(self, read: str, write: str, weight: int, *, keeps_input: bool) -> Op:
         """Column-parallel linear: under sequence parallel the whole gradient of its input, then scattered."""
-        scratch = self._scattered + (0 if keeps_input else self.sizes.stream)
+        scratch = self._whole + (0 if keeps_input else self.sizes.stream)
         return Op((read,), (write,), (read,) if keeps_input else (), weight, scratch)
 
     def _row(self, read: str, write: str, weight: int) -> Op:
         """Row-parallel linear: under sequence parallel the gradient of its output is gathered."""
-        gathered = self.sizes.gathered if self.parallel.sequence_parallel else 0
-        return Op((read,), (write,), (read,), weight, gathered)
+        return Op((read,), (write,), (read,), weight, self._whole)
 
     def _core_attention(self) -> tuple[Op, ...]:
         query, key = self.sizes.query, self.sizes.key
@@ -168,8 +163,7 @@ class _Layer:
                 Op(own, ("kernel_out",), (*own, "kernel_out", "log_sum_exp"), scratch=query + 2 * key),
                 Op(("kernel_out",), ("attended",)),
             )
-        kept_value = "qkv" if self.kernels.attention == "flash" else "v"
-        saves = ("q_turned", "k_turned", kept_value, "attended", "log_sum_exp")
+        saves = ("q_turned", "k_turned", "v", "attended", "log_sum_exp")
         # the gradients of q in fp32, and of k and v for every query head (flash-attn `mha_varlen_bwd`)
         scratch = query * 4 // self.sizes.element + 2 * query
         return (*rope, Op(("q_turned", "k_turned", "v"), ("attended",), saves, scratch=scratch))
@@ -183,7 +177,7 @@ class _Layer:
         kept = ("logits", "normaliser", "targets", "hits")
         steps = [
             self._norm("x", "norm_1"),
-            Op(("norm_1",), ("d_logits",), ("norm_1", "logits"), weight, self._scattered),
+            Op(("norm_1",), ("d_logits",), ("norm_1", "logits"), weight, self._whole),
             Op(("d_logits",), ("loss",), kept, scratch=6 * chunk if is_16_bit else 0),
         ]
         tensors = {
@@ -200,11 +194,11 @@ class _Layer:
         sharded = self.parallel.tensor_model_parallel_size > 1
         tensors = {"x": self.sizes.stream, "ids": 9 * tokens if sharded else 0}
         weight = columns * self.model.hidden * self.sizes.element
-        gathered = self.sizes.gathered if self.parallel.sequence_parallel else 0
-        return footprint([Op((), ("x",), ("ids",), weight, gathered)], tensors)
+        return footprint([Op((), ("x",), ("ids",), weight, self._whole)], tensors)
 
     @property
-    def _scattered(self) -> int:
+    def _whole(self) -> int:
+        """A gradient of the whole sequence, before it is scattered or once it is gathered."""
         return self.sizes.gathered if self.parallel.sequence_parallel else 0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from usdm_megatron.data.token_index import LENGTH_DTYPE
 from usdm_megatron.data.token_store import token_dtype
-from usdm_megatron.data.token_store_writer import are_ids
+from usdm_megatron.data.token_store_writer import has_negative
 from usdm_megatron.preprocess.rows import RowSource, cut_samples
 from usdm_megatron.vocab import Vocabulary
 
@@ -41,7 +41,7 @@ class RowCutter:
     def __call__(self, part: Any) -> CutRows:
         rows = self.source.read(part)
         cuts = cut_samples(rows.tokens, rows.row_lengths, self.vocabulary.bos_id)
-        fits = are_ids(rows.tokens, self.vocabulary)
+        fits = int(rows.tokens.max()) < self.vocabulary.size and not has_negative(rows.tokens)
         return CutRows(
             rows.tokens.astype(token_dtype(self.vocabulary), copy=False) if fits else rows.tokens,
             cuts.sample_lengths.astype(LENGTH_DTYPE),

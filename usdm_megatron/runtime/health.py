@@ -196,8 +196,8 @@ def _limits(ranks: Sequence[RankFacts], bounds: Bounds) -> Finding:
     if least < bounds.min_open_files:
         problems.append(f"{least} open files are allowed, {bounds.min_open_files} are needed; ulimit -n")
     if shared < 1:
-        problems.append(f"/dev/shm has {shared:.2f} GiB free, NCCL needs 1; docker run --shm-size=8g")
-    return Finding("limits", f"{least} open files, {shared:.1f} GiB of /dev/shm", tuple(problems))
+        problems.append(f"shared memory has {shared:.2f} GiB free, NCCL needs 1; docker run --shm-size=8g")
+    return Finding("limits", f"{least} open files, {shared:.1f} GiB of shared memory", tuple(problems))
 
 
 def _by_rank(values: Sequence[str]) -> str:

@@ -30,26 +30,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/launch.sh
 
 started=$SECONDS
-step() { printf '\n== %s\n' "$*"; }
-run() {
-    printf '$ %s\n' "$*"
-    "$@"
-}
-die() {
-    printf 'error: %s\n' "$@" >&2
-    exit 2
-}
 
 # ---------------------------------------------------------------------------------------------------- demo
 
 demo() {
-    local out="${OUT:-runs/demo}" base number=2
-    base="$out"
-    while [ -e "$out" ]; do
-        out="$base-$number"
-        number=$((number + 1))
-    done
-    mkdir -p "$out"
+    local out
+    out="$(launch_new_directory "${OUT:-runs/demo}")"
 
     step "1/7 set-up"
     source scripts/setup.sh demo

@@ -4,11 +4,33 @@
 #   source scripts/launch.sh
 #   launch_unset NAME …         a line for each of these variables that is not set, and for what more nodes need
 #   launch_training FLAG …      `usdm-megatron FLAG …` on this node's GPUs; returns the run's own exit code
+#   launch_new_directory DIR    makes DIR, or DIR-2, DIR-3 … if it is there, and prints which
+#   step, run, die              how the examples speak: a heading, a command that is shown first, the end with code 2
 #
 # Read: NNODES (1), GPUS_PER_NODE (8), NODE_RANK (SLURM_NODEID, 0), MASTER_ADDR, MASTER_PORT (29500), OUT, PYTHON,
 #       LAUNCHER=torchrun  one launcher a node, which starts its ranks; or
 #                srun      this shell, in an allocation, starts all of them: a Slurm task a rank
 #       DRY_RUN=1          print the command that would start the ranks, and stop
+
+step() { printf '\n== %s\n' "$*"; }
+run() {
+    printf '$ %s\n' "$*"
+    "$@"
+}
+die() {
+    printf 'error: %s\n' "$@" >&2
+    exit 2
+}
+
+launch_new_directory() {
+    local directory="$1" number=2
+    while [ -e "$directory" ]; do
+        directory="$1-$number"
+        number=$((number + 1))
+    done
+    mkdir -p "$directory"
+    printf '%s\n' "$directory"
+}
 
 launch_unset() {
     local name

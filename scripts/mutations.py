@@ -348,4 +348,20 @@ FAULTS = (
         (f"{_LORA}test_tied_new_rows_on_two_stages[1x2x1]",),
         "input and output embedding of one model drift apart, each on its own stage",
     ),
+    Fault(
+        "warm-up-half-as-long",
+        "usdm_megatron/plan/schedule.py",
+        "return 2 * (pp - stage - 1) + (vpp - 1) * pp",
+        "return (pp - stage - 1) + (vpp - 1) * pp",
+        ("plan_floor/test_schedule.py::test_order_is_cores[3]",),
+        "the planner's memory of interleaved stages a few activations too low: out of memory in step 1",
+    ),
+    Fault(
+        "finished-inputs-not-counted",
+        "usdm_megatron/plan/memory.py",
+        "                stale.add(call.chunk)\n",
+        "                pass\n",
+        ("plan_floor/test_memory.py::test_mistral_7b_on_512_ranks_is_what_its_real_modules_hold",),
+        "the same by 0.2 GiB, which only the real modules know",
+    ),
 )

@@ -135,14 +135,17 @@ def read_twice(environment: Any, store: Any, run: RunShape) -> Any:
     return simulated(environment, store, [run])[0].faults
 
 
-def dry_run(environment: Any, store: Any, arguments: list[str]) -> tuple[int, str, str]:
-    """Code, output and errors of the command line, in this process."""
+def dry_runs(environment: Any, store: Any, command_lines: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Code, output and errors of each command line, in this process."""
     from usdm_megatron.cli import main
 
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return code, out.getvalue(), err.getvalue()
+    results = []
+    for arguments in command_lines:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(arguments)
+        results.append((code, out.getvalue(), err.getvalue()))
+    return results
 
 
 def longer_steps(environment: Any, store: Any, runs: list[RunShape]) -> list[tuple[int, int]]:

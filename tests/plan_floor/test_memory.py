@@ -30,7 +30,7 @@ from usdm_megatron.config import ParallelConfig
 from usdm_megatron.layout import ParallelLayout
 from usdm_megatron.pipeline_stages import stage_layers
 from usdm_megatron.plan import memory
-from usdm_megatron.plan.activations import CUDA, ChunkShape, Kernels, layer_footprint
+from usdm_megatron.plan.activations import CUDA, ChunkShape, Kernels, chunk_footprint, layer_footprint
 from usdm_megatron.plan.memory import StageMemory, chunk_parameters, memory_by_stage
 from usdm_megatron.plan.model_shape import PRESETS, ModelShape
 from usdm_megatron.vocab import USDM_VOCABULARY
@@ -149,6 +149,12 @@ def test_check_values_of_a_layer(tp: int, modules: tuple[str, ...], mib: float) 
     parallel = _recomputing(modules, tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
     saved = layer_footprint(MISTRAL.architecture, parallel, CUDA, 8192, 2).saved
     assert saved / MIB == pytest.approx(mib / tp, abs=0.1)
+    whole = _recomputing((), full=True, tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
+    few, many = (
+        chunk_footprint(MISTRAL.architecture, whole, CUDA, ChunkShape(layers, False, False, 8192, 0, 0), 2)
+        for layers in (4, 5)
+    )
+    assert (many.saved - few.saved) / MIB == 64 / tp
 
 
 @pytest.mark.parametrize(

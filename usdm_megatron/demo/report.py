@@ -32,13 +32,17 @@ PLACES = {  # what → path below the output directory; examples/pretrain_usdm.s
 
 @dataclass(frozen=True)
 class LossTable:
-    """Losses by kind (`loss` is the total) at the first and last logged step, and held out at the end."""
+    """Losses by kind (`loss` is the total) at the first and last logged step, and held out at the end.
+
+    `accuracy`, held out, is named likewise, and in [0, 1]: of the likeliest next token.
+    """
 
     first_step: int
     last_step: int
     first: dict[str, float | None]
     last: dict[str, float | None]
     heldout: dict[str, float | None]
+    accuracy: dict[str, float | None]
 
 
 def read_losses(metrics_path: Path) -> LossTable:
@@ -56,6 +60,7 @@ def read_losses(metrics_path: Path) -> LossTable:
         first=_losses(train[0]),
         last=_losses(train[-1]),
         heldout=_losses(evaluations[-1]),
+        accuracy={name: share for name, share in evaluations[-1].items() if name.startswith("accuracy")},
     )
 
 
@@ -64,13 +69,7 @@ def print_report(output_dir: Path, losses: LossTable, swap: SwapFigure, parity: 
     for what, where in PLACES.items():
         print(f"{what:<48}" + ", ".join(str(output_dir / name) for name in where.split(", ")))
 
-    columns = (losses.first, losses.last, losses.heldout)
-    headings = (f"step {losses.first_step}", f"step {losses.last_step}", "held out, at the end")
-    print(f"\n{'loss (nats a token)':<20}" + "".join(f"{heading:>22}" for heading in headings))
-    for name in losses.first:
-        label = "all" if name == "loss" else name.removeprefix("loss_")
-        print(f"{label:<20}" + "".join(f"{_format(column[name]):>22}" for column in columns))
-
+    print_losses(losses)
     print(f"\nheld-out text behind its own speech units        {swap.own_loss:.3f}")
     print(f"the same text behind another utterance's units   {swap.other_loss:.3f}")
     print(
@@ -81,6 +80,17 @@ def print_report(output_dir: Path, losses: LossTable, swap: SwapFigure, parity: 
         f"exported model in transformers against the checkpoint: "
         f"max |Δ logit| = {parity['max_abs_difference']:.2e}"
     )
+
+
+def print_losses(losses: LossTable) -> None:
+    """A line for every kind of target that occurs."""
+    columns = (losses.first, losses.last, losses.heldout)
+    headings = (f"step {losses.first_step}", f"step {losses.last_step}", "held out, at the end")
+    print(f"\n{'loss (nats a token)':<20}" + "".join(f"{heading:>22}" for heading in headings))
+    for name in losses.first:
+        if any(column[name] is not None for column in columns):
+            label = "all" if name == "loss" else name.removeprefix("loss_")
+            print(f"{label:<20}" + "".join(f"{_format(column[name]):>22}" for column in columns))
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 """The GPUs that are known by name: data sheets, and rates that were published, each with its reference.
 
-Published rates are what a kernel reached at its best on somebody's machine; a run reaches less. Where
-they stand for the card at hand, `plan --calibrate` does better.
+Published rates were reached on somebody else's machine; for the card at hand `plan --calibrate` does better.
+The A100's GEMM rates are what GEMMs reach inside a run: with one rate for each tensor parallel size the
+planner's step times equal published ones (`benchmarks/published_steps.py`, docs/scaling.md). For Hopper there
+are only a kernel's best, which no run reaches.
 """
 
 from __future__ import annotations
@@ -79,7 +81,11 @@ _NDR = _published(
     "46 to 48 GB/s a 400 Gb/s interface: github.com/NVIDIA/nccl-tests/issues/290 (NVIDIA's answer)",
     {1.0: 46.0},
 )
-_A100_GEMM = _published(_MAMF, {1.0: 271.2})
+_A100_GEMM = _published(
+    "where predicted step times equal those of 47 runs, Llama 13B to 65B on A100-80GB, by tp: arXiv 2311.05610, "
+    "github.com/Aleph-Alpha/NeurIPS-WANT-submission-efficient-parallelization-layouts",
+    {1.0: 240.0, 2.0: 218.0, 4.0: 204.0, 8.0: 170.0},
+)
 _H100_GEMM = _published(_MAMF, {1.0: 794.5})
 _A100_ATTENTION = _published(
     _FLASH + "assets/flash2_a100_fwd_bwd_benchmark.png",

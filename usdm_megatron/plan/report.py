@@ -152,8 +152,8 @@ def _rate_lines(plan: Plan) -> list[str]:
         )
     elif any(rate.source == "published" for rate in plan.request.hardware.rates.values()):
         lines.append(
-            "  Published rates are each kernel's best on another machine: read step times as lower bounds, "
-            "and the order of layouts rather than the seconds."
+            "  Published rates are other machines': trust the order of layouts more than their seconds, and "
+            "measure with usdm-megatron plan --calibrate where you can."
         )
     return lines
 

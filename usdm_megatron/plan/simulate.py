@@ -19,6 +19,7 @@ from usdm_megatron.errors import ConfigError
 from usdm_megatron.plan.simulation import RunShape, SimulatedRank
 
 _RANKS_A_TASK = 4
+_MOST_WORKERS = 16
 Progress = Callable[[int, int], None]  # ranks built, of how many
 
 
@@ -68,7 +69,7 @@ def simulate(
     if rank is not None:
         ranks, traced = _simulate((run, (rank,), step, True)), (rank,)
     else:
-        ranks, traced = _sweep(run, step, workers or len(os.sched_getaffinity(0)), progress)
+        ranks, traced = _sweep(run, step, workers or _workers(size), progress)
         faults = world_faults(run, ranks, rows_of_step(run, step))
     problems = () if budget_gib is None else memory_problems(ranks, budget_gib)
     return Simulation(run, step, tuple(ranks), traced, faults, problems)
@@ -122,6 +123,12 @@ def _load(rank: SimulatedRank) -> tuple[int, int]:
     return max(rank.tokens), rank.memory.optimizer
 
 
+def _workers(ranks: int) -> int:
+    """One a core, if there is work for it; a worker takes 0.4 GB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, -(-ranks // _RANKS_A_TASK), _MOST_WORKERS)
+
+
 _Task = tuple[RunShape, Sequence[int], int, bool]  # run, ranks, step, whether the step is traced
 
 
@@ -138,8 +145,7 @@ def _run_tasks(workers: int) -> Iterator[Callable[[list[_Task]], Iterator[list[S
     if workers == 1:
         yield lambda tasks: map(_simulate, tasks)
         return
-    context = multiprocessing.get_context("forkserver")  # forks of a process that imported torch once
-    context.set_forkserver_preload(["usdm_megatron.plan.simulated_rank"])
+    context = multiprocessing.get_context("spawn")  # what this process has open is none of a rank's business
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
 
         def run_tasks(tasks: list[_Task]) -> Iterator[list[SimulatedRank]]:

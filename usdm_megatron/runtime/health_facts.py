@@ -112,7 +112,7 @@ def unmet_requirements() -> Iterator[str]:
     try:
         requirements = metadata.requires("usdm-megatron") or []
     except metadata.PackageNotFoundError:
-        yield "usdm-megatron is not installed, so its requirements are unknown; pip install -e . in its folder"
+        yield "usdm-megatron is not installed, its requirements are unknown; pip install -e . in its folder"
         return
     for text in requirements:
         requirement = Requirement(text)

@@ -15,3 +15,4 @@ for samples in 100000 1000000 10000000; do # beside the original's multipack whe
     "$PYTHON" benchmarks/packing.py --samples "$samples"
 done
 "$PYTHON" benchmarks/data.py --tokens 100000000 # 3 GB of disk
+"$PYTHON" -m benchmarks.memory

@@ -5,8 +5,8 @@
 Makes a small Mistral and a token store, measures the kernels with as many ranks at once as will train
 (`usdm-megatron plan --calibrate`), predicts, and trains every layout for a few steps. Two figures of each:
 
-    work   CPU seconds of a step, a rank's mean: predicted without bubble and with nothing hidden, measured
-           over all processes of the run. It is comparable however busy the machine is.
+    work   CPU seconds of a step, a rank's mean: predicted of the kernels alone, measured over all processes
+           of the run, so gloo's copies and Python come on top. Comparable however busy the machine is.
     step   wall clock: predicted for a core a rank, measured at its fastest. With fewer cores than ranks, or
            other work on them, the measured one is longer.
 """
@@ -106,9 +106,9 @@ def _one(options: Options, gpu: Path, sizes: tuple[int, int, int]) -> dict[str, 
 
 
 def _work(step: StepTime) -> float:
-    """What a rank does on average, waiting left out: nobody idles, nothing hides."""
-    stage = step.micro_batches * step.mean_stage - step.tensor_exposed + step.tensor_busy
-    return stage + step.data.reduce_s + step.data.gather_s + step.accumulate + step.optimizer
+    """What a rank computes on average: no communication, no waiting."""
+    stage = step.micro_batches * step.mean_stage - step.tensor_exposed
+    return stage + step.accumulate + step.optimizer
 
 
 def _predict(options: Options, gpu: Path, sizes: tuple[int, int, int]) -> PlannedLayout:

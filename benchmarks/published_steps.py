@@ -1,7 +1,7 @@
 """The planner beside published step times: 8 sheets of Llama runs on A100-80GB, by layout.
 
-    git clone https://github.com/Aleph-Alpha/NeurIPS-WANT-submission-efficient-parallelization-layouts runs/sheets
-    python benchmarks/published_steps.py --sheets runs/sheets/data
+    git clone https://github.com/Aleph-Alpha/NeurIPS-WANT-submission-efficient-parallelization-layouts sheets
+    python benchmarks/published_steps.py --sheets sheets/data
 
 Predicts every run without activation checkpointing and with the fused kernels (arXiv 2311.05610), and prints
 predicted over measured by model and row length, whether the planner's best layout is the measured one, and
@@ -76,9 +76,7 @@ def main(options: Options) -> None:
     groups = defaultdict(list)
     for run, found in compared:
         groups[run.group].append((run.step_s, found.step_time_s or 0.0, run))
-    print(
-        f"{'model':<8}{'tokens':>7}{'GPUs':>6}{'runs':>6}   predicted/measured   pairs ordered   best layout found"
-    )
+    print("model    tokens  GPUs  runs   predicted/measured   pairs ordered   best layout found")
     for (model, length, world), runs in sorted(groups.items()):
         ratios = sorted(predicted / measured for measured, predicted, _ in runs)
         best, chosen = min(runs, key=lambda run: run[0]), min(runs, key=lambda run: run[1])

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "tests/data/original_training_page.txt").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs/from-usdm.md").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / "examples/pretrain_usdm.sh").read_text(encoding="utf-8")
-SFT_EXAMPLE = (ROOT / "examples/sft_usdm.sh").read_text(encoding="utf-8")
+SFT_EXAMPLE = (ROOT / "scripts/sft.sh").read_text(encoding="utf-8")
 LORA = "with LoRA"
 FLAG = re.compile(r"(?<![-\w])--?[A-Za-z][\w-]*")
 CODE = re.compile(r"`([^`]+)`")

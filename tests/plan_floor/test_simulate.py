@@ -308,11 +308,11 @@ def test_one_rank_on_the_command_line(arguments: list[str]) -> None:
     lines = [[*arguments, "--rank", "5", "--step", "4"], *([*arguments, *flags] for flags, _ in BAD_FLAGS)]
     (((code, out, err), *refused),) = run_ranks(1, jobs.dry_runs, lines)
     assert (code, err) == (0, "")
-    assert out.splitlines()[0] == "rank 5 of 8: tp 1 of 2, pp 0 of 1, dp 2 of 4"
+    assert out.splitlines()[0] == "rank 5 of 8: tp 1 of 2, pp 0 of 1, dp 2 of 4, fp32"
     assert "6 x decoder.layers.*.self_attention.linear_qkv.weight [64, 32]" in out
     assert re.search(r"^  dp group +1 3 5 7$", out, re.M)
     assert re.search(r"^  rows +step 4: none, and 2 empty, in 2 micro-batches$", out, re.M)
-    assert re.search(r"^  memory +0\.00 GiB at most: weights", out, re.M)
+    assert re.search(r"^  memory +\d\.\d\d MiB at most: weights 0.\d\d MiB, gradients", out, re.M)
     for (_, message), (code, _, err) in zip(BAD_FLAGS, refused, strict=True):
         assert code == 2 and err.startswith("error: ") and message in err, err
 

@@ -1,4 +1,4 @@
-"""`python -m usdm_megatron.demo.held_out --pretrained DIR --output-dir OUT`: a held-out dialog, to be answered.
+"""`python -m usdm_megatron.demo.held_out --pretrained DIR --output-dir OUT`: a dialog to be answered.
 
 Also tells whether a model has met a sentence in training: what the fine-tuning demo is judged by must be new
 combinations of words that it knows.
@@ -54,7 +54,7 @@ def trained_text(pretrained: Path) -> TrainedText:
 
 
 def write_held_out_units(pretrained: Path, output_dir: Path) -> None:
-    """Write the units of the first held-out dialog's user, and print what it says and what should be answered."""
+    """Write the units of the first held-out dialog's user; print what they say, and the right reply."""
     directory = open_model_directory(pretrained / EXPORTED)
     replier = Replier(directory, GreedyDecoder(lambda: load_model(directory), directory.context_tokens))
     exchange = next(reference_exchanges(TokenStore.open(pretrained / HELD_OUT), replier))

@@ -1,4 +1,4 @@
-"""`python -m usdm_megatron.demo.sft_report --pretrained DIR --output-dir OUT`: what a fine-tuning demo has learnt.
+"""`python -m usdm_megatron.demo.sft_report --pretrained DIR --output-dir OUT`: what fine-tuning has taught.
 
 Reads what the demo left (metrics.jsonl, replies.json), and asks transformers, and peft of an adapter, for the
 held-out loss of what was exported. Exit code 1 if the model does not listen well enough, or is not the run's.
@@ -67,12 +67,13 @@ class Listening:
             found.append("no dialog was held out, so nothing shows what the model has learnt")
         if self.said_in_training:
             found.append(
-                f"{self.said_in_training} held-out sentences were said in training: the word error rate proves nothing"
+                f"{self.said_in_training} held-out sentences were said in training: the word error rate "
+                "proves nothing"
             )
         if self.errors.rate > MOST_WORD_ERRORS:
             found.append(
-                f"the word error rate of the transcripts is {self.errors.rate:.1%}, and at most {MOST_WORD_ERRORS:.0%} "
-                "is expected: the model did not learn to listen"
+                f"the word error rate of the transcripts is {self.errors.rate:.1%}, and at most "
+                f"{MOST_WORD_ERRORS:.0%} is expected: the model did not learn to listen"
             )
         return found
 
@@ -95,8 +96,8 @@ class ExportedLoss:
         if self.difference <= LARGEST_DIFFERENCE:
             return []
         return [
-            f"{self.what}: its held-out loss is {self.loss:.6f} in {self.library}, and the run's was {self.of_run:.6f}: "
-            "what was exported is not what was trained"
+            f"{self.what}: its held-out loss is {self.loss:.6f} in {self.library}, and the run's was "
+            f"{self.of_run:.6f}: what was exported is not what was trained"
         ]
 
 
@@ -147,7 +148,7 @@ def print_report(
     replies: dict[str, Any],
     exported: list[ExportedLoss],
 ) -> None:
-    """Print where each thing lies, losses and accuracy by kind, error rates, and the exports' held-out losses."""
+    """Print where each thing lies, losses, accuracy, error rates, and held-out losses of the exports."""
     for what, where in PLACES.items():
         if (output_dir / where).exists():
             print(f"{what:<48}{output_dir / where}")

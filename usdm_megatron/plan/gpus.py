@@ -82,8 +82,8 @@ _NDR = _published(
     {1.0: 46.0},
 )
 _A100_GEMM = _published(
-    "where predicted step times equal those of 47 runs, Llama 13B to 65B on A100-80GB, by tp: arXiv 2311.05610, "
-    "github.com/Aleph-Alpha/NeurIPS-WANT-submission-efficient-parallelization-layouts",
+    "where predicted step times equal those of 47 runs, Llama 13B to 65B on A100-80GB, by tp: arXiv "
+    "2311.05610, github.com/Aleph-Alpha/NeurIPS-WANT-submission-efficient-parallelization-layouts",
     {1.0: 240.0, 2.0: 218.0, 4.0: 204.0, 8.0: 170.0},
 )
 _H100_GEMM = _published(_MAMF, {1.0: 794.5})

@@ -12,6 +12,7 @@ from usdm_megatron.data.order import EMPTY_ROW
 from usdm_megatron.plan.simulate import Simulation
 from usdm_megatron.plan.simulation import GIB, Memory, SimulatedRank
 
+MIB = 2**20
 _FEW = 8
 
 
@@ -20,7 +21,7 @@ def as_text(simulation: Simulation, budget_gib: float | None) -> str:
     lines = _world(simulation) if simulation.is_whole_world else _rank(simulation, simulation.ranks[0])
     worst = simulation.worst.memory
     if budget_gib is not None and not simulation.problems:
-        lines = [*lines, ("budget", f"{_gib(worst.peak)} of {budget_gib:g} GiB at most")]
+        lines = [*lines, ("budget", f"{_size(worst.peak)} of {budget_gib:g} GiB at most")]
     title, *rest = lines
     return "\n".join([title[1], *(f"  {name:<12}{text}" for name, text in rest)])
 
@@ -48,12 +49,8 @@ def _rank_tree(rank: SimulatedRank, left_out: Sequence[str]) -> dict[str, Any]:
 
 def _world(simulation: Simulation) -> list[tuple[str, str]]:
     layout, ranks = simulation.run.layout, simulation.ranks
-    lines = [
-        (
-            "",
-            f"{len(ranks)} ranks, each built: tp={layout.tp} pp={layout.pp} vpp={layout.vpp} dp={layout.dp}",
-        )
-    ]
+    sizes = f"tp={layout.tp} pp={layout.pp} vpp={layout.vpp} dp={layout.dp}"
+    lines = [("", f"{len(ranks)} ranks, each built: {sizes}, {_precision(simulation)}")]
     for stage in range(layout.pp):
         worst = max((r for r in ranks if r.place.pp == stage), key=lambda rank: rank.memory.peak or 0)
         lines.append(
@@ -70,7 +67,7 @@ def _world(simulation: Simulation) -> list[tuple[str, str]]:
         *lines,
         ("traced", f"{_numbers(simulation.traced)}: {replicas}"),
         ("weights", "every tensor of the Hugging Face table, once in each of its replicas"),
-        ("optimizer", "every element of every weight on one of its data parallel ranks"),
+        ("optimizer", "every element of every weight that trains on one of its data parallel ranks"),
         ("groups", "all members agree; every stage is heard by the one it sends to"),
         ("rows", read),
     ]
@@ -84,7 +81,7 @@ def _rank(simulation: Simulation, rank: SimulatedRank) -> list[tuple[str, str]]:
         (
             "",
             f"rank {rank.rank} of {layout.world_size}: tp {place.tp} of {layout.tp}, pp {place.pp} of "
-            f"{layout.pp}, dp {place.dp} of {layout.dp}",
+            f"{layout.pp}, dp {place.dp} of {layout.dp}, {_precision(simulation)}",
         ),
         ("parameters", f"{rank.parameter_count:,} in {len(rank.parameters)} tensors of {layout.vpp} chunks"),
         *(("", f"{count:>4} x {name} {list(shape)}") for (name, shape), count in _alike(rank)),
@@ -99,6 +96,11 @@ def _rank(simulation: Simulation, rank: SimulatedRank) -> list[tuple[str, str]]:
         ("rows", _rows(simulation.step, rank)),
         ("memory", _memory(rank.memory)),
     ]
+
+
+def _precision(simulation: Simulation) -> str:
+    """Which the configuration has: on a machine without CUDA fp32, unless --bf16 is given."""
+    return "bf16" if simulation.run.config.training.bf16 else "fp32"
 
 
 def _alike(rank: SimulatedRank) -> list[tuple[tuple[str, tuple[int, ...]], int]]:
@@ -120,14 +122,16 @@ def _rows(step: int, rank: SimulatedRank) -> str:
 
 def _memory(memory: Memory) -> str:
     return (
-        f"{_gib(memory.peak)} GiB at most: weights {_gib(memory.weights)}, gradients "
-        f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, a step {_gib(memory.step)}, other "
-        f"{_gib(memory.other)}"
+        f"{_size(memory.peak)} at most: weights {_size(memory.weights)}, gradients "
+        f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}, a step {_size(memory.step)}, other "
+        f"{_size(memory.other)}"
     )
 
 
-def _gib(count: int | None) -> str:
-    return "?" if count is None else f"{count / GIB:.2f}"
+def _size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count / GIB:.2f} GiB" if count > 0.1 * GIB else f"{count / MIB:.2f} MiB"
 
 
 def _numbers(values: Sequence[int]) -> str:

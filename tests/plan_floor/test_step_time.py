@@ -10,11 +10,13 @@ from tests.plan_floor.requests import MISTRAL, SEQ_LENGTH, even_hardware, planne
 from usdm_megatron.config import DataConfig
 from usdm_megatron.layout import Axis, ParallelLayout
 from usdm_megatron.plan.communication import link_between, tensor_parallel
-from usdm_megatron.plan.hardware import Rate
+from usdm_megatron.plan.hardware import Rate, find_hardware
+from usdm_megatron.plan.model_shape import ModelShape
 from usdm_megatron.plan.schedule import Call, order_of_calls
 from usdm_megatron.plan.search import recompute_share
 from usdm_megatron.plan.traffic import traffic
 from usdm_megatron.plan.work import ModelFlops, RowShape, causal_pairs
+from usdm_megatron.vocab import Vocabulary
 
 
 @pytest.mark.parametrize(("tp", "cost"), [(2, 0.046), (4, 0.14), (8, 0.32)])
@@ -141,3 +143,18 @@ def test_packed_samples_cost_less_attention() -> None:
     pairs = causal_pairs(SEQ_LENGTH, 4096) / (8 * causal_pairs(1000, 4096))
     assert whole.step.slowest.forward.attention == pytest.approx(short.step.slowest.forward.attention * pairs)
     assert short.tokens_per_s_per_gpu == pytest.approx(1024 * 8000 / short.step.total / 512)
+
+
+@pytest.mark.parametrize(("gpus", "mfu"), [(64, 0.628), (128, 0.594)])
+def test_a_published_run_is_predicted_within_ten_percent(gpus: int, mfu: float) -> None:
+    """Llama 13B, 128,000 ids, 512 rows of 8,192 tokens, TP2 x PP2 on A100-80GB (arXiv 2311.05610)."""
+    architecture = replace(
+        MISTRAL.architecture, hidden=5120, layers=40, heads=40, kv_heads=40, ffn=13824, sliding_window=None
+    )
+    vocabulary = Vocabulary(text_size=128_000, unit_count=0)
+    model = ModelShape("llama-13b", replace(architecture, vocab_size=vocabulary.size), vocabulary)
+    asked = request(find_hardware("a100-80gb"), gpus, model=model, data=DataConfig(global_batch_size=512))
+    found = planned(asked, tp=2, pp=2)
+    per_token = 6 * model.parameters + 12 * 40 * 5120 * SEQ_LENGTH  # their formula counts embeddings
+    assert found.tokens_per_s_per_gpu is not None
+    assert found.tokens_per_s_per_gpu * per_token / 312e12 == pytest.approx(mfu, rel=0.1)

@@ -28,6 +28,10 @@ TRAINING_FLAGS = """
 --ckpt-step --exit-on-missing-checkpoint --save-interval --eval-interval --save-total-limit --keep-best
 --log-interval --tensorboard-dir --wandb-project --wandb-exp-name --wandb-entity --dry-run --world-size
 --nproc-per-node --config --recipe --print-config --core-attention --cross-sample-attention
+--rank --all-ranks --step --gpu --memory-budget-gib --json --decoder-first-pipeline-num-layers
+--decoder-last-pipeline-num-layers --pipeline-model-parallel-layout --use-tp-pp-dp-mapping
+--no-accumulate-allreduce-grads-in-fp32 --use-precision-aware-optimizer --optimizer-cpu-offload
+--deterministic-mode
 """
 
 

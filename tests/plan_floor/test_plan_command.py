@@ -170,7 +170,7 @@ def test_a_script_for_four_ranks_runs(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("RANK", "WORLD_SIZE", "NNODES", "GPUS_PER_NODE", "EXTRA_ARGS", "TP", "PP"):
         variables.pop(name, None)
     done = subprocess.run(
-        ["bash", str(path)], capture_output=True, text=True, cwd=ROOT, env=variables, timeout=240
+        ["bash", str(path)], capture_output=True, text=True, cwd=ROOT, env=variables, timeout=280
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     config = yaml.safe_load((tmp_path / "run/run_config.yaml").read_text())

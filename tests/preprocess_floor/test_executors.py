@@ -107,19 +107,25 @@ def test_arrays_of_a_result(slot_bytes: int, monkeypatch: pytest.MonkeyPatch) ->
             np.testing.assert_array_equal(result[name], expected[name], strict=True)
 
 
+def test_arrays_that_are_kept_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="arrays of an earlier result are still in use; copy what is to"):
+        list(ProcessExecutor(2).map(arrays_of, range(100)))
+
+
 def test_results_larger_than_a_slot_are_sent_as_they_are() -> None:
     memory = ResultMemory(2, slot_bytes=1 << 16)
     small, large = np.arange(100), np.arange(10_000)
     stored = [memory.store(1, (small, small + 1)), memory.store(0, large), memory.store(0, None)]
-    assert [len(one.places) for one in stored] == [2, 0, 0]
-    assert [place.start for place in stored[0].places] == [1 << 16, (1 << 16) + 832]
+    assert [one.places for one in stored] == [(slice(0, 800), slice(832, 1632)), (), ()]
     loaded, whole, nothing = map(memory.load, stored)
-    memory.close()
     for found, array in zip((*loaded, whole), (small, small + 1, large), strict=True):
         np.testing.assert_array_equal(found, array)
     assert nothing is None
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        memory.close()
+    with pytest.raises(RuntimeError, match="still in use"):
+        memory.free(1)
+    del loaded, found
+    memory.store(memory.free(1), small + 5)
+    memory.close()
 
 
 def test_a_killed_worker_is_an_error_and_no_hang() -> None:

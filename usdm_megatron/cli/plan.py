@@ -17,10 +17,10 @@ from usdm_megatron.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
     from usdm_megatron.data.blend import TrainRows
-    from usdm_megatron.plan.search import PlanRequest
+    from usdm_megatron.plan.search import PlannedLayout, PlanRequest
 
 # flags whose value may be left out, and what that means
-_BARE = {"--explain": "1", "--json": "-", "--emit-script": "-"}
+_BARE = {"--explain": "1", "--json": "-", "--emit-script": "-", "--simulate": "all"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,8 @@ class PlanFlags:
     """Write all layouts as JSON to this file (alone, or -: to standard output, instead of the table)."""
     emit_script: str | None = None
     """Write the launch script of the chosen layout to this file (alone, or -: to standard output)."""
+    simulate: str | None = None
+    """Build this rank of --layout for real, without memory (alone, or all: every rank, and check them)."""
     calibrate: Path | None = None
     """Measure the GPU or CPU at hand for --model and write its rates to this YAML file, for --gpu."""
     nproc_per_node: int | None = None
@@ -84,6 +86,8 @@ class PlanFlags:
             problems.append(
                 "plan: --nproc-per-node is for --calibrate; --world-size says what is planned for"
             )
+        if self.simulate not in (None, "all") and not str(self.simulate).isdecimal():
+            problems.append(f"plan: --simulate is {self.simulate}; it must be a rank from 0, or all")
         if self.memory_budget_gib is not None and not self.memory_budget_gib > 0:
             problems.append(f"plan: --memory-budget-gib is {self.memory_budget_gib}; it must be positive")
         for flag in ("json", "emit_script", "calibrate"):
@@ -108,6 +112,8 @@ def main(argv: Sequence[str]) -> int | None:
     plan = make_plan(_request(flags))
     refuse_nothing_fits(plan)
     chosen = choose(plan, flags.layout if flags.explain in (None, "1") else str(flags.explain))
+    if flags.simulate is not None:
+        return _simulate(plan.request, chosen, flags)
     to_screen = [text for text in (flags.json, flags.emit_script) if text == "-"]
     if flags.json is not None:
         _write("--json", flags.json, json.dumps(as_json(plan), indent=1) + "\n")
@@ -118,6 +124,29 @@ def main(argv: Sequence[str]) -> int | None:
     if not to_screen:
         print(as_table(plan, flags.top) if flags.explain is None else explain(chosen))
     return None
+
+
+def _simulate(request: PlanRequest, chosen: PlannedLayout, flags: PlanFlags) -> int:
+    """The real modules, optimizer and schedule of the chosen layout, held against the GPU's memory."""
+    from usdm_megatron.cli.dry_run import SimulationFlags, print_simulation
+    from usdm_megatron.config import ModelConfig, RunConfig, TrainingConfig
+    from usdm_megatron.plan.simulation import RunShape
+
+    config = RunConfig(
+        model=ModelConfig(core_attention=flags.core_attention),
+        parallel=chosen.planned.parallel,
+        data=request.data,
+        training=TrainingConfig(bf16=request.bf16),
+    )
+    return print_simulation(
+        RunShape(config, request.model.architecture, request.model.vocabulary, chosen.layout),
+        SimulationFlags(
+            rank=None if flags.simulate == "all" else int(str(flags.simulate)),
+            all_ranks=flags.simulate == "all",
+            memory_budget_gib=request.hardware.memory_budget_gib,
+            json=flags.json is not None,
+        ),
+    )
 
 
 def _with_values(argv: Sequence[str]) -> list[str]:

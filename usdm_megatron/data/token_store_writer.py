@@ -154,8 +154,8 @@ class TokenStoreWriter:
         if loss_mask is not None:
             self._append_mask(loss_mask, sample_ends, row_lengths)
         self._bin.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
-        self._sample_lengths.append(np.asarray(sample_lengths, dtype=LENGTH_DTYPE))
-        self._samples_per_row.append(np.asarray(samples_per_row, dtype=np.int64))
+        self._sample_lengths.append(np.array(sample_lengths, dtype=LENGTH_DTYPE))  # a copy: theirs may change
+        self._samples_per_row.append(np.array(samples_per_row, dtype=np.int64))
         self._rows += len(row_ends)
         self._tokens += len(tokens)
         self._longest_row = max(self._longest_row, int(row_lengths.max()))

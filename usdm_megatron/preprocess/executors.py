@@ -42,8 +42,8 @@ class Executor(Protocol):
         """Results in the order of the tasks, few of them in memory at a time.
 
         `function`, tasks and results are pickled, `function` once a worker. Arrays in a result may be views
-        of memory that the next results use: copy what is to stay. The first error stops the rest and is
-        raised here; so is `WorkerFault` for a worker that died. Closing the generator stops the workers:
+        of memory that is used again after the next one: copy what is to stay (a `RuntimeError` where that
+        was forgotten). The first error stops the rest and is raised here; so is `WorkerFault` for a worker that died. Closing the generator stops the workers:
         a caller that may leave early wraps it in `contextlib.closing`.
         """
         ...
@@ -72,8 +72,9 @@ class ProcessExecutor:
     workers: int
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
-        memory = ResultMemory(self.workers * _IN_FLIGHT_PER_WORKER)
-        slots = itertools.cycle(range(memory.slots))  # a slot's last result is done with when it comes again
+        in_flight = self.workers * _IN_FLIGHT_PER_WORKER
+        memory = ResultMemory(in_flight + 1)  # and the result that the caller holds
+        slots = map(memory.free, itertools.cycle(range(memory.slots)))
         pool = ProcessPoolExecutor(
             self.workers, multiprocessing.get_context("spawn"), _enter_worker, (function, memory)
         )
@@ -82,7 +83,7 @@ class ProcessExecutor:
                 tasks,
                 submit=lambda task: pool.submit(_do_in_worker, next(slots), task),
                 wait=lambda future: _opened(memory.load(future.result())),
-                in_flight=memory.slots,
+                in_flight=in_flight,
             )
         except BrokenProcessPool as error:
             raise WorkerFault(

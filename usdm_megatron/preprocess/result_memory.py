@@ -69,6 +69,10 @@ def _in_a_worker(slots: int, slot_bytes: int, duplicate: Any) -> ResultMemory:
     return memory
 
 
+def _in_a_worker(slots: int, slot_bytes: int, duplicate: Any) -> ResultMemory:
+    return ResultMemory(slots, slot_bytes, duplicate.detach())
+
+
 def _nameless_file(size_bytes: int) -> int:
     """Descriptor of a file in memory, or else on disk, that takes space where it is written alone."""
     if hasattr(os, "memfd_create"):

@@ -16,12 +16,15 @@ import xxhash
 from usdm_megatron.cli import inspect_store as inspect_cli
 from usdm_megatron.cli import preprocess as preprocess_cli
 from usdm_megatron.cli.entry import run_guarded
-from usdm_megatron.data.token_store import SourceFile, TokenStore
+from usdm_megatron.data.token_store import SourceFile, StorePaths, TokenStore
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 from usdm_megatron.errors import ConfigError, DataError
+from usdm_megatron.preprocess import row_sources
+from usdm_megatron.preprocess.executors import ProcessExecutor, SerialExecutor
 from usdm_megatron.preprocess.stores import (
     ROWS_WITHOUT_BOS,
     StoreOptions,
+    WorkOptions,
     preprocess_cache,
     preprocess_packed,
 )
@@ -61,6 +64,10 @@ def stores_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir() if path.suffix in (".bin", ".idx", ".json", ".tmp")}
 
 
+def files(directory: Path, prefix: str) -> list[bytes]:
+    return [path.read_bytes() for path in StorePaths.of(directory / prefix)]
+
+
 def test_both_inputs_give_the_same_store(tmp_path: Path, cache: Path, parts: list[Path]) -> None:
     from_cache = preprocess_cache(cache, str(tmp_path / "C"), StoreOptions(seq_length=10)).summaries
     from_text = preprocess_packed(parts, str(tmp_path / "T"), StoreOptions(seq_length=10)).summaries
@@ -88,6 +95,20 @@ def test_stores_whose_sources_have_another_hash(tmp_path: Path, parts: list[Path
     record["sources"] = [{"name": "x", "bytes": 5, "sha256": "ab"}]
     (tmp_path / "P.json").write_text(json.dumps(record))
     assert TokenStore.open(tmp_path / "P").summary.sources == (SourceFile("x", 5, "sha256:ab"),)
+
+
+def test_many_parts_from_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than places in the memory that workers share with the parent."""
+    monkeypatch.setattr(row_sources, "TEXT_BLOCK_BYTES", 1000)
+    rng = np.random.default_rng(0)
+    rows = [[1, *rng.integers(3, 42_003, length), 2] for length in rng.integers(1, 60, 500)]
+    (tmp_path / "part0.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
+    for name, executor in {"one": SerialExecutor(), "two": ProcessExecutor(2)}.items():
+        work = WorkOptions(executor)
+        preprocess_packed([tmp_path / "part0.txt"], str(tmp_path / name), StoreOptions(seq_length=99), work)
+    store = TokenStore.open(tmp_path / "two")
+    assert [store.row(number).tokens.tolist() for number in range(store.rows)] == rows
+    assert files(tmp_path, "one") == files(tmp_path, "two")
 
 
 def test_a_single_dataset_gives_one_store(tmp_path: Path, cache: Path) -> None:

@@ -43,8 +43,9 @@ class Executor(Protocol):
 
         `function`, tasks and results are pickled, `function` once a worker. Arrays in a result may be views
         of memory that is used again after the next one: copy what is to stay (a `RuntimeError` where that
-        was forgotten). The first error stops the rest and is raised here; so is `WorkerFault` for a worker that died. Closing the generator stops the workers:
-        a caller that may leave early wraps it in `contextlib.closing`.
+        was forgotten). The first error stops the rest and is raised here; so is `WorkerFault` for a worker
+        that died. Closing the generator stops the workers: a caller that may leave early wraps it in
+        `contextlib.closing`.
         """
         ...
 

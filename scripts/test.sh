@@ -12,4 +12,5 @@ if [ "${1:-}" = "--full" ]; then
     selection="not gpu"
     shift
 fi
-exec "$PYTHON" -m pytest -q -m "$selection" --durations=10 "$@"
+# Two files at a time: a test's ranks spend much of their time on waiting for each other.
+exec "$PYTHON" -m pytest -q -m "$selection" --numprocesses 2 --dist loadfile --durations=25 "$@"

@@ -38,8 +38,8 @@ sft_export() { # the report compares both with the run
 }
 
 if sft_wants_demo "$@"; then
-    sft_demo runs/sft-lora --train-iters 800 --global-batch-size 4 --micro-batch-size 2 --lr 8e-3 \
-        --lora --lora-r 32 --lora-alpha 64 --lora-dropout 0 --train-new-embeddings \
+    sft_demo runs/sft-lora --train-iters 1000 --global-batch-size 4 --micro-batch-size 2 --lr 3e-3 \
+        --lora --lora-r 32 --lora-alpha 32 --lora-dropout 0 \
         --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 else
     read -r -a targets <<<"${LORA_TARGETS:-q_proj v_proj}"

@@ -16,3 +16,6 @@ for samples in 100000 1000000 10000000; do # beside the original's multipack whe
 done
 "$PYTHON" benchmarks/data.py --tokens 100000000 # 3 GB of disk
 "$PYTHON" -m benchmarks.memory
+for micro_batch in 2 8; do
+    "$PYTHON" benchmarks/sft.py --micro-batch "$micro_batch"
+done

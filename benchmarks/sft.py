@@ -4,7 +4,8 @@
 
 Same weights, dialogs, first adapters, optimizer and objective; a process each, which take turns, a step a
 turn. The first steps' losses of all are compared before anything is timed (fp32 1e-5, bf16 2e-2), and
-memory is measured in them: RssAnon, as this process sees it. Peers: `padded` as the original pads a
+memory is measured in them: RssAnon, as this process sees it (with MALLOC_MMAP_THRESHOLD_=262144 in the
+environment without what malloc keeps for later). Peers: `padded` as the original pads a
 micro-batch, `flattened` with transformers' padding-free collator. In bf16 ours has bf16 weights with fp32
 masters; the peers `autocast` over fp32 weights (a LoRA's base in bf16), `pure` bf16 weights without masters.
 """

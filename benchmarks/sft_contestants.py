@@ -110,14 +110,20 @@ def _clocks() -> tuple[float, float]:
 
 
 def contestant_main(connection: Connection, job: Job) -> None:
-    """Body of a contestant's process."""
+    """Body of a contestant's process; it ends with the one that gives the turns."""
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
     import torch
 
     torch.set_num_threads(job.threads)
     turns = Turns(connection)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # both report as they train
-        (_ours if job.form == "ours" else _peer)(job, turns)
+    train = _ours if job.form == "ours" else _peer
+    gone = contextlib.suppress(EOFError, BrokenPipeError)  # whoever gives the turns: then there are no more
+    with (
+        gone,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):  # they report as they go
+        train(job, turns)
 
 
 def _ours(job: Job, turns: Turns) -> None:

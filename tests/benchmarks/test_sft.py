@@ -55,9 +55,7 @@ def test_table(sft: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_losses_that_differ_are_not_timed(sft: ModuleType) -> None:
     def process(group: str, *losses: float) -> SimpleNamespace:
-        return SimpleNamespace(
-            group=group, name="one", turns=[SimpleNamespace(loss=loss) for loss in losses]
-        )
+        return SimpleNamespace(group=group, name="one", turns=[SimpleNamespace(loss=loss) for loss in losses])
 
     same = [process("full", 5.0, 4.0), process("full", 5.0, 4.00003), process("lora", 5.0, 4.5)]
     sft.check_losses(same, 0, 1e-5)

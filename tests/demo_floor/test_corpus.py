@@ -138,6 +138,9 @@ def test_the_same_settings_write_the_same_bytes(tmp_path: Path) -> None:
 def test_train_rows_fill_every_step_and_little_is_left_over(stores_directory: Path) -> None:
     rows = TokenStore.open(stores_directory / "data_train").rows
     assert DEMO.train_rows <= rows <= 1.02 * DEMO.train_rows
+    dialogs = TokenStore.open(stores_directory / "dialogs_train").rows
+    read = [tuning.train_iters * tuning.global_batch_size for tuning in (DEMO.full_tuning, DEMO.lora_tuning)]
+    assert max(read) <= dialogs <= 1.06 * max(read)
 
 
 @pytest.mark.parametrize("name", STORES)

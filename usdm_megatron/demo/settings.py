@@ -1,4 +1,4 @@
-"""The demo's numbers, in one place; `examples/pretrain_usdm.sh` repeats those that are flags.
+"""The demos' numbers, in one place; the scripts in `examples/` repeat those that are flags.
 
 Found by trial with plain transformers on one CPU thread: small enough for two cores and three
 minutes, large enough that text is predicted from the speech before it. What decides is the
@@ -12,8 +12,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class TuningSettings:
+    """A fine-tuning run."""
+
+    train_iters: int  # steps
+    global_batch_size: int  # dialogs
+    lr: float
+
+
+@dataclass(frozen=True)
 class DemoSettings:
-    """Shape of the demo's model, corpus, preprocessing and run."""
+    """Shape of the demo's model, corpus, preprocessing and runs."""
 
     seed: int = 42
 
@@ -37,7 +46,7 @@ class DemoSettings:
     short_utterance_words: tuple[int, int] = (3, 6)
     long_utterance_words: tuple[int, int] = (9, 16)
     long_utterance_share: float = 0.1
-    dialogs: int = 1500
+    dialogs: int = 2200  # a little more than the longest fine-tuning run reads
     dialog_turns: tuple[int, int] = (2, 4)
     dialog_words: tuple[int, int] = (3, 5)
 
@@ -53,7 +62,13 @@ class DemoSettings:
     lr: float = 4e-3
     lr_warmup_iters: int = 10  # steps
 
-    # report
+    # fine-tuning
+    full_tuning: TuningSettings = TuningSettings(train_iters=800, global_batch_size=4, lr=4e-3)
+    lora_tuning: TuningSettings = TuningSettings(train_iters=1000, global_batch_size=4, lr=3e-3)
+    max_new_tokens: int = 64  # of each step of a reply; the longest of the corpus takes half of it
+
+    # reports
+    most_word_errors: float = 0.10  # of the transcripts of held-out dialogs
     swap_utterances: int = 100
 
     @property

@@ -20,9 +20,9 @@ import numpy as np
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.demo.held_out import EXPORTED, HELD_OUT, TrainedText, trained_text
 from usdm_megatron.demo.report import LossTable, print_losses, read_losses
+from usdm_megatron.demo.settings import DEMO
 from usdm_megatron.reply.error_rate import ErrorCount, total, word_errors
 
-MOST_WORD_ERRORS = 0.10  # of the transcripts of held-out dialogs
 LARGEST_DIFFERENCE = (
     1e-4  # relative, of the held-out loss: trainer (unmerged, in shards) against transformers
 )
@@ -70,10 +70,10 @@ class Listening:
                 f"{self.said_in_training} held-out sentences were said in training: the word error rate "
                 "proves nothing"
             )
-        if self.errors.rate > MOST_WORD_ERRORS:
+        if self.errors.rate > DEMO.most_word_errors:
             found.append(
                 f"the word error rate of the transcripts is {self.errors.rate:.1%}, and at most "
-                f"{MOST_WORD_ERRORS:.0%} is expected: the model did not learn to listen"
+                f"{DEMO.most_word_errors:.0%} is expected: the model did not learn to listen"
             )
         return found
 
@@ -153,16 +153,19 @@ def print_report(
         if (output_dir / where).exists():
             print(f"{what:<48}{output_dir / where}")
     print_losses(losses)
-    shares = {name: f"{share:.1%}" for name, share in losses.accuracy.items() if share is not None}
-    by_kind = ", ".join(f"{name.removeprefix('accuracy')} {share}" for name, share in shares.items())
-    print(f"next tokens that are right, held out{by_kind.replace(' _', ' ')}")
+    shares = [
+        f"{name.removeprefix('accuracy').removeprefix('_')} {share:.1%}".strip()
+        for name, share in losses.accuracy.items()
+        if share is not None
+    ]
+    print(f"next tokens that are right, held out: {', '.join(shares)}")
 
     print(f"\nheld-out dialogs                                 {listening.dialogs}")
     print(f"of what their users say, said in training        {listening.said_in_training}")
     print(f"not even within something longer                 {listening.new_dialogs}")
     print(
         f"word error rate of the transcripts               {listening.errors.rate:.1%} "
-        f"(of the latter {listening.new_errors.rate:.1%}; at most {MOST_WORD_ERRORS:.0%} is expected)"
+        f"(of the latter {listening.new_errors.rate:.1%}; at most {DEMO.most_word_errors:.0%} is expected)"
     )
     print(f"word error rate of the replies' text             {replies['text_word_error_rate']:.1%}")
     print(f"unit error rate of the replies                   {replies['unit_error_rate']:.1%}")

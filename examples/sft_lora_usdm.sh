@@ -38,7 +38,7 @@ sft_export() { # the report compares both with the run
 }
 
 if sft_wants_demo "$@"; then
-    sft_demo runs/sft-lora --num-train-epochs 2 --global-batch-size 4 --micro-batch-size 2 --lr 3e-3 \
+    sft_demo runs/sft-lora --train-iters 1000 --global-batch-size 4 --micro-batch-size 2 --lr 3e-3 \
         --lora --lora-r 32 --lora-alpha 32 --lora-dropout 0 \
         --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
 else

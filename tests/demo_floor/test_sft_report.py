@@ -138,7 +138,7 @@ def test_the_masked_loss_is_that_of_transformers_labels(stores_directory: Path) 
         row = store.row(row_id)
         assert row.loss_mask is not None
         ids = torch.from_numpy(row.tokens.astype("int64"))[None]
-        labels = ids.masked_fill(torch.from_numpy(row.loss_mask)[None] == 0, -100)
+        labels = ids.masked_fill(torch.tensor(row.loss_mask)[None] == 0, -100)
         with torch.no_grad():
             losses.append(model(input_ids=ids, labels=labels).loss.item())
         counts.append(int(row.loss_mask.sum()))

@@ -53,8 +53,8 @@ class DataConfig:
     seq_length: int = 8192
     """tokens of the longest row allowed, to which rows are padded"""
     row_padding: RowPadding = "full"
-    """full: every row to --seq-length, so that each step takes the same memory; step: rows end to end, and a
-    step's micro-batches to the longest of them (default of sft, whose rows are much shorter)"""
+    """full: every row to --seq-length, so that each step takes the same memory; step: rows end to end, and in
+    a pipeline a step's micro-batches to the longest of them (default of sft, whose rows are much shorter)"""
     micro_batch_size: int = 1
     """rows in one forward pass, flattened into one packed row"""
     global_batch_size: int = 8

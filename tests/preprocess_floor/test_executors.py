@@ -150,6 +150,17 @@ def fail_or_never(task: int) -> int:
     return never(task)
 
 
+def blocked_signals(task: int) -> set[int]:
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_never_take_an_interrupt() -> None:
+    """Not while they start either: the mask is what they inherit, nothing in them sets it."""
+    masks = list(ProcessExecutor(2).map(blocked_signals, range(8)))
+    assert all(signal.SIGINT in mask for mask in masks)
+    assert signal.SIGINT not in blocked_signals(0)
+
+
 PARENT = """
 import sys
 from tests.preprocess_floor.test_executors import ProcessExecutor, announce_and_wait

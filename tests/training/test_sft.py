@@ -132,20 +132,31 @@ def test_crossing_sample_boundaries_adds_no_target(padded: Path, tiny_model: Any
 
 
 def test_micro_batches_are_as_long_as_the_longest_of_their_step(tmp_path: Path) -> None:
-    """On each replica by itself; a step of short dialogs is a short one."""
+    """In a pipeline; on each replica by itself; a step of short dialogs is a short one."""
+    expected = {  # 5 + 6 → 16, 20 + 25 → 48; 60 is all there is; an empty row still has a token
+        0: [(48, 48), (16, 16)],
+        1: [(60, 60), (8, 8)],
+    }
+    assert lengths_of_batches(tmp_path, one_length=True) == expected
+
+
+def test_without_a_pipeline_micro_batches_are_as_long_as_they_need(tmp_path: Path) -> None:
+    expected = {0: [(16, 48), (16, 8)], 1: [(60, 16), (8, 8)]}
+    assert lengths_of_batches(tmp_path, one_length=False) == expected
+
+
+def lengths_of_batches(directory: Path, *, one_length: bool) -> dict[int, list[tuple[int, ...]]]:
+    """Tokens of the micro-batches that each of two replicas is given, by step; what they hold is checked."""
     from usdm_megatron.data.loader import MicroBatchLoader
     from usdm_megatron.data.order import RowOrder
     from usdm_megatron.data.token_store import TokenStore
 
-    lengths = [5, 6, 20, 25, 7, 9, 30, 30, 11]
+    lengths = [5, 6, 30, 30, 20, 25, 7, 9, 11, 4, 8]
     dialogs = [Dialog((1, *[5] * (length - 1)), (-100, *[5] * (length - 1))) for length in lengths]
-    store = TokenStore.open(write_rows(tmp_path / "rows", [[dialog] for dialog in dialogs]))
-    order = RowOrder(9, 9, global_batch_size=4, micro_batch_size=2, dp_size=2)
-    expected = {
-        0: [16, 16, 16],
-        1: [48, 60, 8],
-    }  # 45 → 48; 60 is all there is; an empty row still has a token
-    for rank, sizes in expected.items():
+    store = TokenStore.open(write_rows(directory / "rows", [[dialog] for dialog in dialogs]))
+    order = RowOrder(11, 11, global_batch_size=8, micro_batch_size=2, dp_size=2)
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for rank in range(2):
         with MicroBatchLoader(
             store,
             order,
@@ -154,10 +165,15 @@ def test_micro_batches_are_as_long_as_the_longest_of_their_step(tmp_path: Path) 
             vocabulary=tiny.VOCABULARY,
             train_sample_boundaries=False,
             pad_to_multiple_of=8,
+            one_length=one_length,
         ) as loader:
-            for step, size in enumerate(sizes):
-                (batch,) = loader.step_batches(step)
-                assert batch.tokens.shape == batch.labels.shape == (1, size)
-                assert int(batch.cu_seqlens[-1]) == size and int(batch.position_ids.max()) < 30
-                rows = [row for row in order.rows_of_step(step, rank).ravel() if row >= 0]
-                assert int(batch.loss_mask.sum()) == sum(lengths[row] - 1 for row in rows)
+            for step in range(2):
+                batches = loader.step_batches(step)
+                found.setdefault(rank, []).append(tuple(batch.tokens.numel() for batch in batches))
+                for batch in batches:
+                    size = batch.tokens.numel()
+                    assert batch.labels.shape == (1, size)
+                    assert int(batch.cu_seqlens[-1]) == size and int(batch.position_ids.max()) < 30
+                    rows = [row for row in batch.row_ids if row >= 0]
+                    assert int(batch.loss_mask.sum()) == sum(lengths[row] - 1 for row in rows)
+    return found

@@ -23,8 +23,9 @@ class MicroBatchLoader:
     needs its step number. Each rank reads the map itself; nothing is broadcast. On a CUDA `device`
     batches come from pinned memory by non-blocking copies on the caller's stream.
 
-    With `pad_to_multiple_of` rows are laid end to end and all micro-batches of a step padded to the longest,
-    rounded up; without, every row is padded to `seq_length`.
+    With `pad_to_multiple_of` rows are laid end to end and each micro-batch is padded to a multiple of it, or
+    with `one_length` all micro-batches of a step to that of the longest; without, every row is padded to
+    `seq_length`.
 
     Raises `DataError` if the store does not fit `seq_length` or `vocabulary`.
     """
@@ -40,6 +41,7 @@ class MicroBatchLoader:
         train_sample_boundaries: bool,
         cross_sample_attention: CrossSampleAttention = "masked",
         pad_to_multiple_of: int | None = None,
+        one_length: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         for part in stores_of(store):
@@ -54,6 +56,7 @@ class MicroBatchLoader:
         self._train_sample_boundaries = train_sample_boundaries
         self._cross_sample_attention = cross_sample_attention
         self._pad_to_multiple_of = pad_to_multiple_of
+        self._one_length = one_length
         self._device = torch.device(device)
         self._builder = ThreadPoolExecutor(1, "micro-batch-loader", initializer=self._enter_thread)
         self._ahead: tuple[int, Future[list[PackedBatch]]] | None = None
@@ -98,7 +101,7 @@ class MicroBatchLoader:
             [None if row_id == EMPTY_ROW else self._store.row(row_id) for row_id in row_ids]
             for row_ids in ids_of_step
         ]
-        batch_length = self._batch_length(rows_of_step)
+        lengths = self._batch_lengths(rows_of_step)
         batches = [
             build_packed_batch(
                 rows,
@@ -107,22 +110,24 @@ class MicroBatchLoader:
                 vocabulary=self._vocabulary,
                 train_sample_boundaries=self._train_sample_boundaries,
                 cross_sample_attention=self._cross_sample_attention,
-                batch_length=batch_length,
+                batch_length=length,
             )
-            for rows, row_ids in zip(rows_of_step, ids_of_step, strict=True)
+            for rows, row_ids, length in zip(rows_of_step, ids_of_step, lengths, strict=True)
         ]
         return [batch.pin_memory() for batch in batches] if self._device.type == "cuda" else batches
 
-    def _batch_length(self, rows_of_step: Sequence[Sequence[PackedRow | None]]) -> int | None:
-        """Tokens of every micro-batch of a step on this rank: a pipeline's messages have one shape.
+    def _batch_lengths(self, rows_of_step: Sequence[Sequence[PackedRow | None]]) -> Sequence[int | None]:
+        """Tokens of each micro-batch of a step on this rank.
 
         Replicas differ: they exchange gradients alone.
         """
         multiple = self._pad_to_multiple_of
         if multiple is None:
-            return None
-        longest = max(sum(len(row.tokens) for row in rows if row is not None) for rows in rows_of_step)
-        return min(-(-max(1, longest) // multiple) * multiple, len(rows_of_step[0]) * self._seq_length)
+            return [None] * len(rows_of_step)
+        most = len(rows_of_step[0]) * self._seq_length
+        held = [sum(len(row.tokens) for row in rows if row is not None) for rows in rows_of_step]
+        padded = [min(-(-max(1, tokens) // multiple) * multiple, most) for tokens in held]
+        return [max(padded)] * len(padded) if self._one_length else padded
 
 
 def check_store_fits(store: TokenStore, *, seq_length: int, vocabulary: Vocabulary) -> None:

@@ -296,8 +296,8 @@ def check_rows(
             f"{where(row)} holds {row_lengths[row]} tokens, more than --seq-length {row_capacity}; "
             "pass a larger --seq-length or pack the rows again"
         )
-    largest_id = int(tokens.max())
-    if largest_id >= vocabulary.size or has_negative(tokens):
+    largest_id = largest_as_unsigned(tokens)
+    if largest_id >= vocabulary.size:
         at = int(np.argmax((tokens < 0) | (tokens >= vocabulary.size)))
         row = int(np.searchsorted(np.cumsum(row_lengths), at, side="right"))
         raise DataError(
@@ -308,9 +308,10 @@ def check_rows(
     return largest_id
 
 
-def has_negative(tokens: np.ndarray) -> bool:
-    """Whether one of `tokens` `[T]`, T at least 1, is below 0."""
-    return tokens.dtype.kind != "u" and int(tokens.min()) < 0
+def largest_as_unsigned(tokens: np.ndarray) -> int:
+    """The largest of `tokens` `[T]`, T at least 1; where one is below 0, a number above all ids."""
+    wide = tokens.astype(np.int32) if tokens.dtype in (np.int8, np.int16) else tokens
+    return int(wide.view(f"u{wide.dtype.itemsize}").max())
 
 
 def _temporary(path: Path) -> Path:

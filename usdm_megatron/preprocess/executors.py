@@ -14,7 +14,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +79,15 @@ class ProcessExecutor:
         pool = ProcessPoolExecutor(
             self.workers, multiprocessing.get_context("spawn"), _enter_worker, (function, memory)
         )
+
+        def submit(task: Task) -> Future[StoredResult]:
+            with _interrupts_held_back():  # it may start a worker
+                return pool.submit(_do_in_worker, next(slots), task)
+
         try:
             yield from _in_order(
                 tasks,
-                submit=lambda task: pool.submit(_do_in_worker, next(slots), task),
+                submit=submit,
                 wait=lambda future: _opened(memory.load(future.result())),
                 in_flight=in_flight,
             )
@@ -99,6 +104,18 @@ class ProcessExecutor:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             memory.close()
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches all processes, and the parent ends its workers: one that is started here inherits that
+    it does not take the signal, also while it imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
@@ -167,7 +184,6 @@ _memory_of_worker: ResultMemory
 def _enter_worker(function: Callable[[Any], Any], memory: ResultMemory) -> None:
     global _function_of_worker, _memory_of_worker
     _function_of_worker, _memory_of_worker = function, memory
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_end_with_the_parent, name="parent-watch", daemon=True).start()
 

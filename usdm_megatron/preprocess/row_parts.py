@@ -10,9 +10,11 @@ import numpy as np
 
 from usdm_megatron.data.token_index import LENGTH_DTYPE
 from usdm_megatron.data.token_store import token_dtype
-from usdm_megatron.data.token_store_writer import has_negative
+from usdm_megatron.data.token_store_writer import largest_as_unsigned
 from usdm_megatron.preprocess.rows import RowSource, cut_samples
 from usdm_megatron.vocab import Vocabulary
+
+_CHUNK_TOKENS = 128 << 10  # compared while they are in the cache, then converted
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,26 @@ class RowCutter:
 
     def __call__(self, part: Any) -> CutRows:
         rows = self.source.read(part)
-        cuts = cut_samples(rows.tokens, rows.row_lengths, self.vocabulary.bos_id)
-        fits = int(rows.tokens.max()) < self.vocabulary.size and not has_negative(rows.tokens)
+        tokens = _as_stored(rows.tokens, self.vocabulary)
+        cuts = cut_samples(tokens, rows.row_lengths, self.vocabulary.bos_id)
         return CutRows(
-            rows.tokens.astype(token_dtype(self.vocabulary), copy=False) if fits else rows.tokens,
+            tokens,
             cuts.sample_lengths.astype(LENGTH_DTYPE),
             cuts.samples_per_row.astype(LENGTH_DTYPE),
             cuts.rows_without_bos,
             rows.place,
         )
+
+
+def _as_stored(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """`tokens` in the store's dtype, or as they are where one is outside of the vocabulary."""
+    dtype = token_dtype(vocabulary)
+    if tokens.dtype == dtype:
+        return tokens
+    stored = np.empty(len(tokens), dtype)
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        chunk = tokens[start : start + _CHUNK_TOKENS]
+        if largest_as_unsigned(chunk) >= vocabulary.size:
+            return tokens
+        stored[start : start + len(chunk)] = chunk
+    return stored

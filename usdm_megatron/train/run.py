@@ -234,6 +234,7 @@ def open_loader(
         train_sample_boundaries=config.training.train_sample_boundaries,
         cross_sample_attention=config.model.cross_sample_attention,
         pad_to_multiple_of=None if config.data.row_padding == "full" else _PAD_MULTIPLE * groups.layout.tp,
+        one_length=groups.layout.pp > 1,  # a pipeline's messages have one shape
         device=groups.device,
     )
 

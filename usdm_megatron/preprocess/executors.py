@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from usdm_megatron.errors import EXIT_FAULT, ConfigError, UserError
+from usdm_megatron.preprocess.malloc import keep_freed_memory
 from usdm_megatron.preprocess.result_memory import ResultMemory, StoredResult
 
 ExecutorKind = Literal["processes", "ray"]
@@ -54,6 +55,7 @@ def open_executor(kind: ExecutorKind, workers: int) -> Executor:
     """The executor of `--executor` and `--workers`; a single process is this one."""
     if workers < 1:
         raise ConfigError(f"--workers is {workers}, the least is 1")
+    keep_freed_memory()
     if kind == "ray":
         return RayExecutor(workers)
     return SerialExecutor() if workers == 1 else ProcessExecutor(workers)
@@ -184,6 +186,7 @@ _memory_of_worker: ResultMemory
 def _enter_worker(function: Callable[[Any], Any], memory: ResultMemory) -> None:
     global _function_of_worker, _memory_of_worker
     _function_of_worker, _memory_of_worker = function, memory
+    keep_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_end_with_the_parent, name="parent-watch", daemon=True).start()
 

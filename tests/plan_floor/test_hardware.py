@@ -32,9 +32,14 @@ def test_a_minimal_file_has_no_rates(tmp_path: Path) -> None:
     gpu = find_hardware(write(tmp_path / "mine.yaml", memory_gib=100, peak_tflops=500))
     assert gpu == Hardware("mine", 100.0, pytest.approx(89.0), 8, 500.0)
     assert not any(rate.known for rate in gpu.rates.values())
-    assert find_hardware(
-        write(tmp_path / "plain.yaml", memory_gib=1, peak_tflops=None, gemm_tflops=3.5)
-    ).rates["gemm_tflops"] == Rate("measured", str(tmp_path / "plain.yaml"), ((1.0, 3.5),))
+    none = find_hardware(
+        write(tmp_path / "mine.yaml", memory_gib=100, peak_tflops=500, gemm_tflops={"source": "none"})
+    )
+    assert none == gpu
+    assert (
+        find_hardware(write(tmp_path / "c.yaml", memory_gib=1, peak_tflops=None, device="cpu")).dtype
+        == "fp32"
+    )
 
 
 def test_rates_are_read_between_their_points() -> None:
@@ -54,10 +59,16 @@ def test_rates_are_read_between_their_points() -> None:
         ({"memory_gib": 5, "peak_tflops": 5, "device": "tpu"}, ["must be cuda or cpu"]),
         ({"memory_gib": 5, "peak_tflops": 5, "gemm_tflops": {"at": {}}}, ["gemm_tflops.at is {}"]),
         ({"memory_gib": 5, "peak_tflops": 5, "gemm_tflops": {"at": {1: 0}}}, ["gemm_tflops.at[1] is 0"]),
-        (
-            {"memory_gib": 5, "peak_tflops": 5, "gemm_tflops": {"source": "published", "at": {1: 5}}},
-            ["reference is missing"],
+        *(
+            ({"memory_gib": 5, "peak_tflops": 5, "gemm_tflops": {"source": source, "at": {1: 5}}}, [says])
+            for source, says in (
+                ("published", "reference is missing; say where the figure was published"),
+                ("measured", "reference is missing; say where the figure was measured"),
+                ("none", "gemm_tflops.at is {1: 5} and its source none"),
+            )
         ),
+        ({"memory_gib": 5, "peak_tflops": 5, "gemm_tflops": 271.2}, ["must say where the figure is from"]),
+        ({"memory_gib": 5, "peak_tflops": 5, "dtype": "fp8"}, ["dtype is 'fp8'; it must be bf16 or fp32"]),
         (
             {"memory_gib": 5, "peak_tflops": 5, "gemm_tflops": {"source": "guessed", "att": {1: 5}}},
             ["source is 'guessed'", "did you mean gemm_tflops.at?"],

@@ -42,6 +42,11 @@ def test_512_gpus_without_torch() -> None:
     times = [layout["step_time_s"] for layout in plan["layouts"]]
     assert times == sorted(times) and all(set(KEYS.split()) <= layout.keys() for layout in plan["layouts"])
     assert plan["rejected"] and all(entry["reason"] for entry in plan["rejected"])
+    assert all(set(KEYS.split()) <= entry.keys() for entry in plan["rejected"])
+    for layout in plan["layouts"]:
+        assert sum(layout["memory"].values()) == pytest.approx(layout["memory_gib"])
+        for sent in layout["communication"]:
+            assert 0 <= sent["exposed_s"] <= sent["busy_s"] * (1 + 1e-9)
     assert {rate["source"] for rate in plan["hardware"]["rates"].values()} == {"published"}
 
 
@@ -98,6 +103,12 @@ def test_the_table_and_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> Non
         (["--explain", "tp=3"], "does not divide world size 512"),
         (["--global-batch-size", "1001"], "global batch size 1001 is not divisible"),
         (["--nproc-per-node", "2"], "is for --calibrate"),
+        (["--no-bf16"], "--no-bf16, and what a100-40gb reaches is known for bf16; drop it"),
+        (["--simulate", "0", "--emit-script", "x.sh"], "leave out --emit-script and --explain"),
+        (
+            ["--world-size", "12", "--global-batch-size", "48", "--gpu", "a100-80gb", "--emit-script"],
+            "12 ranks are no whole number of nodes of 8; plan for a --world-size that is",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from usdm_megatron.plan.search import PlannedLayout, PlanRequest
 
 # flags whose value may be left out, and what that means
-_BARE = {"--explain": "1", "--json": "-", "--emit-script": "-", "--simulate": "all"}
+_BARE = {"--explain": "1", "--json": "-", "--emit-script": "-", "--simulate": "all", "--bf16": "True"}
+_NEGATED = {"--no-bf16": ("--bf16", "False")}  # of flags that may be unset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,9 @@ class PlanFlags:
     accumulate_allreduce_grads_in_fp32: bool = True
     """Gradients in fp32; off: in bf16."""
     bf16: bool | None = None
-    """bf16 weights and activations (default: on a GPU yes, on a CPU no)."""
+    """bf16 weights and activations (default: as the rates of --gpu, of which a GPU's are of bf16)."""
     core_attention: CoreAttention = "auto"
-    """Attention kernel, which decides what is kept for the backward pass."""
+    """Attention kernel of the run that --simulate, --emit-script and --calibrate are about."""
     memory_budget_gib: float | None = None
     """Memory that a rank may use (default: the GPU's, without context, NCCL and fragmentation)."""
     top: int = 12
@@ -88,6 +89,10 @@ class PlanFlags:
             )
         if self.simulate not in (None, "all") and not str(self.simulate).isdecimal():
             problems.append(f"plan: --simulate is {self.simulate}; it must be a rank from 0, or all")
+        if self.simulate is not None and (self.emit_script or self.explain):
+            problems.append(
+                "plan: --simulate prints what it built; leave out --emit-script and --explain, or call again"
+            )
         if self.memory_budget_gib is not None and not self.memory_budget_gib > 0:
             problems.append(f"plan: --memory-budget-gib is {self.memory_budget_gib}; it must be positive")
         for flag in ("json", "emit_script", "calibrate"):
@@ -120,7 +125,8 @@ def main(argv: Sequence[str]) -> int | None:
     if flags.emit_script is not None:
         from usdm_megatron.plan.emit_script import launch_script
 
-        _write("--emit-script", flags.emit_script, launch_script(chosen))
+        script = launch_script(chosen, flags.core_attention)
+        _write("--emit-script", flags.emit_script, script)
     if not to_screen:
         print(as_table(plan, flags.top) if flags.explain is None else explain(chosen))
     return None
@@ -153,7 +159,7 @@ def _with_values(argv: Sequence[str]) -> list[str]:
     """The command line with the values that may be left out."""
     words = []
     for position, word in enumerate(argv):
-        words.append(word)
+        words += _NEGATED.get(word, (word,))
         following = argv[position + 1] if position + 1 < len(argv) else "--"
         if word in _BARE and following.startswith("--"):
             words.append(_BARE[word])
@@ -186,6 +192,13 @@ def _request(flags: PlanFlags) -> PlanRequest:
         raise ConfigError(*problems)
     rows = _open_rows(data) if data.train_stores else None
     length = data.seq_length
+    bf16 = hardware.dtype == "bf16" if flags.bf16 is None else flags.bf16
+    if bf16 != (hardware.dtype == "bf16"):
+        raise ConfigError(
+            f"plan: --{'' if bf16 else 'no-'}bf16, and what {hardware.name} reaches is known for "
+            f"{hardware.dtype}; drop it, or give --gpu a YAML file with dtype and its rates (--calibrate "
+            "measures them)"
+        )
     return PlanRequest(
         model=model,
         hardware=hardware,
@@ -193,7 +206,7 @@ def _request(flags: PlanFlags) -> PlanRequest:
         data=data,
         row=RowShape.of_one_sample(length) if rows is None else RowShape.of_rows(rows, length),
         kernels=kernels_of(flags.core_attention, hardware.device),
-        bf16=hardware.device == "cuda" if flags.bf16 is None else flags.bf16,
+        bf16=bf16,
         sequence_parallel=flags.sequence_parallel,
         fp32_gradients=flags.accumulate_allreduce_grads_in_fp32,
         rows=None if rows is None else rows.rows,

@@ -87,6 +87,7 @@ class _Bench:
             gpus_per_node=in_node,
             peak_tflops=counter.peak_tflops if self._asked.bf16 else None,
             device=device,
+            dtype="bf16" if self._asked.bf16 else "fp32",
             gemm_tflops=self._rate("GEMMs of the layer, forward and backward, by tp", self._gemm()),
             attention_tflops=self._rate(f"core attention ({self._backend}), by tokens", self._attention()),
             memory_gb_per_s=self._rate("norms, residuals, RoPE, SwiGLU of the layer", self._elementwise()),
@@ -146,7 +147,7 @@ class _Bench:
         a, tokens = self._asked.model.architecture, self._asked.tokens
         attend = self._core_attention()
         points = {}
-        for length in (length for length in _SAMPLE_LENGTHS if length <= tokens):
+        for length in [length for length in _SAMPLE_LENGTHS if length <= tokens] or [tokens]:
             lengths = [length] * (tokens // length)
             total = sum(lengths)
             heads = [(total, count, a.head_dim) for count in (a.heads, a.kv_heads, a.kv_heads)]
@@ -216,8 +217,9 @@ class _Bench:
         return {1.0: moved / self._kernel_seconds(run) / 1e9}
 
     def _kernel_seconds(self, run: Callable[[], object]) -> float:
-        """Of kernels alone; on a CPU by the thread's own time, which ranks that share a core don't add to."""
-        return self._seconds(run, time.thread_time if self._device.type == "cpu" else time.perf_counter)
+        """Of kernels alone; of one CPU thread its own time, which ranks that share a core don't add to."""
+        one_thread = self._device.type == "cpu" and torch.get_num_threads() == 1
+        return self._seconds(run, time.thread_time if one_thread else time.perf_counter)
 
     def _seconds(self, run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
         """The fastest run, the mean over all ranks, which run together: what undisturbed kernels take."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from usdm_megatron.config import CoreAttention
+from usdm_megatron.errors import ConfigError
 from usdm_megatron.parallel_config import ParallelConfig
 from usdm_megatron.plan.search import PlannedLayout, short_name
 
@@ -16,11 +18,20 @@ _OF_THE_EXAMPLE = (
 )
 
 
-def launch_script(found: PlannedLayout) -> str:
-    """Bash for every node of the run; where the data and the checkpoint are is the caller's to say."""
+def launch_script(found: PlannedLayout, core_attention: CoreAttention = "auto") -> str:
+    """Bash for every node of the run; where the data and the checkpoint are is the caller's to say.
+
+    `ConfigError` for a world that is no whole number of nodes.
+    """
     planned, layout, data = found.planned, found.layout, found.planned.data
     per_node = min(planned.hardware.gpus_per_node, layout.world_size)
-    flags = "".join(f"    {flag}\n" for flag in extra_flags(found))
+    if layout.world_size % per_node:
+        raise ConfigError(
+            f"plan: --emit-script: {layout.world_size} ranks are no whole number of nodes of {per_node}; "
+            f"plan for a --world-size that is, or give --gpu a YAML file with another gpus_per_node"
+        )
+    all_flags = extra_flags(found) + [f"--core-attention {core_attention}"] * (core_attention != "auto")
+    flags = "".join(f"    {flag}\n" for flag in all_flags)
     return f"""#!/usr/bin/env bash
 # {planned.model.name} on {layout.world_size} x {planned.hardware.name}, as `usdm-megatron plan` chose:
 # {short_name(planned.parallel, found.recompute)}; dp={layout.dp}, {planned.micro_batches} micro-batches

@@ -23,11 +23,12 @@ _NCCL_H200 = (
     "'Real network throughput'"
 )
 _A100_MEMORY = (
-    "88 % of the data sheet's {peak} GB/s, as read on an A100-80GB: "
+    "88 % of the data sheet's {peak} GB/s, the share that was read on an A100-80GB: "
     "forums.developer.nvidia.com/t/trouble-to-reach-peak-bandwidth-of-a100/339083"
 )
 _H100_MEMORY = (
-    "86.7 % of the data sheet's {peak} GB/s, as copied on an H100: github.com/aigatech/vpbenchmarking"
+    "86.7 % of the data sheet's {peak} GB/s, the share that was copied on an H100: "
+    "github.com/aigatech/vpbenchmarking"
 )
 MIB = 2.0**20
 
@@ -82,7 +83,7 @@ _NDR = _published(
     {1.0: 46.0},
 )
 _A100_GEMM = _published(
-    "where predicted step times equal those of 47 runs, Llama 13B to 65B on A100-80GB, by tp: arXiv "
+    "fitted: where predicted step times equal those of 47 runs, Llama 13B to 65B on A100-80GB, by tp: arXiv "
     "2311.05610, github.com/Aleph-Alpha/NeurIPS-WANT-submission-efficient-parallelization-layouts",
     {1.0: 240.0, 2.0: 218.0, 4.0: 204.0, 8.0: 170.0},
 )

@@ -18,6 +18,7 @@ from usdm_megatron.errors import ConfigError
 
 Source = Literal["measured", "published", "none"]
 Device = Literal["cuda", "cpu"]
+DataType = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Hardware:
     memory_gib: float  # as the allocator sees it
     memory_budget_gib: float  # without contexts, NCCL's buffers, workspaces and fragmentation
     gpus_per_node: int
-    peak_tflops: float | None  # dense, of the dtype that trains; None: unknown, and so is MFU
+    peak_tflops: float | None  # dense, of `dtype`; None: unknown, and so is MFU
     device: Device = "cuda"
+    dtype: DataType = "bf16"  # of weights and activations where the rates were measured
     gemm_tflops: Rate = field(default_factory=Rate)  # by tensor parallel size, the layer's shapes
     attention_tflops: Rate = field(default_factory=Rate)  # by tokens of a sample
     memory_gb_per_s: Rate = field(default_factory=Rate)  # elementwise kernels, bytes read and written
@@ -81,7 +83,7 @@ class Hardware:
 
 
 RATE_FIELDS = tuple(entry.name for entry in fields(Hardware) if entry.type == "Rate")
-_OPTIONAL = ("name", "device", "memory_budget_gib", "gpus_per_node", *RATE_FIELDS)
+_OPTIONAL = ("name", "device", "dtype", "memory_budget_gib", "gpus_per_node", *RATE_FIELDS)
 _RATE_KEYS = ("source", "reference", "at")
 USABLE_SHARE = 0.89  # 35 of an A100-40GB's 39.4 GiB
 
@@ -129,9 +131,9 @@ def read_hardware(path: Path) -> Hardware:
         problems.append(
             f"--gpu {path}: gpus_per_node is {values['gpus_per_node']!r}; it must be a count, at least 1"
         )
-    values["device"] = tree.get("device", "cuda")
-    if values["device"] not in ("cuda", "cpu"):
-        problems.append(f"--gpu {path}: device is {values['device']!r}; it must be cuda or cpu")
+    values["device"] = _one_of(path, "device", tree.get("device", "cuda"), ("cuda", "cpu"), problems)
+    usual = "fp32" if values["device"] == "cpu" else "bf16"
+    values["dtype"] = _one_of(path, "dtype", tree.get("dtype", usual), ("bf16", "fp32"), problems)
     if not problems and values["memory_budget_gib"] > values["memory_gib"]:
         problems.append(
             f"--gpu {path}: memory_budget_gib {values['memory_budget_gib']} is more than memory_gib "
@@ -144,18 +146,22 @@ def read_hardware(path: Path) -> Hardware:
 
 
 def _rate(path: Path, name: str, tree: Any, problems: list[str]) -> Rate:
-    """`{source: measured, reference: …, at: {size: rate}}`, or a number that whoever wrote it stands for."""
-    if isinstance(tree, (int, float)) and not isinstance(tree, bool):
-        tree = {"source": "measured", "reference": str(path), "at": {1: tree}}
+    """`{source: measured, reference: …, at: {size: rate}}`, or `{source: none}`."""
     if not isinstance(tree, Mapping):
-        problems.append(f"--gpu {path}: {name} is {tree!r}; it must be a number, or source, reference and at")
+        problems.append(
+            f"--gpu {path}: {name} is {tree!r}; it must say where the figure is from, as in {{source: "
+            "measured, reference: our bench, at: {1: 271.2}}"
+        )
         return Rate()
     problems += _unknown_keys(path, f"{name}.", tree, _RATE_KEYS)
-    source, at = tree.get("source", "measured"), tree.get("at")
-    if source not in ("measured", "published"):
-        problems.append(f"--gpu {path}: {name}.source is {source!r}; it must be measured or published")
-    if source == "published" and not tree.get("reference"):
-        problems.append(f"--gpu {path}: {name}.reference is missing; say where the figure was published")
+    at = tree.get("at")
+    source = _one_of(path, f"{name}.source", tree.get("source"), ("measured", "published", "none"), problems)
+    if source == "none":
+        if at is not None:
+            problems.append(f"--gpu {path}: {name}.at is {at!r} and its source none; name one, or drop it")
+        return Rate()
+    if not tree.get("reference"):
+        problems.append(f"--gpu {path}: {name}.reference is missing; say where the figure was {source}")
     if not isinstance(at, Mapping) or not at:
         problems.append(
             f"--gpu {path}: {name}.at is {at!r}; it must say the rate by size, as in {{1: 271.2}}"
@@ -170,6 +176,12 @@ def _rate(path: Path, name: str, tree: Any, problems: list[str]) -> Rate:
     if any(size is None or rate is None for size, rate in points):
         return Rate()
     return Rate(source, str(tree.get("reference", "")), tuple(sorted(points)))  # type: ignore[arg-type]
+
+
+def _one_of(path: Path, name: str, value: Any, known: tuple[str, ...], problems: list[str]) -> Any:
+    if value not in known:
+        problems.append(f"--gpu {path}: {name} is {value!r}; it must be {' or '.join(known)}")
+    return value
 
 
 def _number(

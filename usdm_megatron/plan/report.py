@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from usdm_megatron.plan.communication import Link
 from usdm_megatron.plan.search import GIB, Plan, PlannedLayout, RejectedLayout, short_name
 from usdm_megatron.plan.step_time import missing_rates
 from usdm_megatron.plan.traffic import Traffic, traffic
@@ -13,6 +15,10 @@ _COLUMNS = (
     "      tp  pp vpp   dp    m  recompute      GiB  bubble   step s  tok/s/GPU   MFU  MFU full-S  "
     "tensor · pipeline · data exposed"
 )
+# null where a layout does not work
+_OF_LAYOUTS_THAT_WORK = (
+    "micro_batches", "bubble", "step_time_s", "tokens_per_s_per_gpu", "mfu", "mfu_full_s",
+)  # fmt: skip
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -62,6 +68,7 @@ def _layout_json(found: PlannedLayout) -> dict[str, Any]:
         "rank_order": layout.order,
         "sequence_parallel": found.planned.parallel.sequence_parallel,
         "memory_gib": found.memory_gib,
+        "memory": {name: size / GIB for name, size in asdict(found.memory[found.fullest_stage]).items()},
         "bubble": found.bubble,
         "step_time_s": found.step_time_s,
         "tokens_per_s_per_gpu": found.tokens_per_s_per_gpu,
@@ -95,6 +102,7 @@ def _rejected_json(entry: RejectedLayout) -> dict[str, Any]:
         "dp": None if entry.layout is None else entry.layout.dp,
         "recompute": entry.recompute,
         "memory_gib": entry.memory_gib,
+        **dict.fromkeys(_OF_LAYOUTS_THAT_WORK),
         "reason": entry.reason,
     }
 
@@ -278,13 +286,20 @@ def _rate_of_work(found: PlannedLayout) -> list[str]:
     return lines
 
 
+def _between_nodes(link: Link) -> str:
+    """A ring leaves a node once, by the interfaces of all its members there."""
+    if link.members_in_node == 1:
+        return "between nodes"
+    return f"in a ring of {link.members_in_node} ranks a node, 1/{link.members_in_node} between nodes"
+
+
 def _traffic_lines(found: PlannedLayout) -> list[str]:
     lines = ["communication of the busiest rank in a step"]
     for entry in traffic(found.planned, found.step):
         if entry.link.place == "none":
             lines.append(f"  {entry.kind:<26}none: one rank")
             continue
-        where = "in the node" if entry.link.place == "node" else "between nodes"
+        where = "in the node" if entry.link.place == "node" else _between_nodes(entry.link)
         time = (
             "" if entry.busy_s is None else f", {entry.busy_s:.4f} s, {entry.exposed_s:.4f} s of it exposed"
         )

@@ -52,9 +52,11 @@ def traffic(planned: Planned, step: StepTime | None) -> tuple[Traffic, ...]:
     ]
     if step is None:
         return tuple(Traffic(*kind, None, None) for kind in kinds)
+    sending = hops * hop.seconds
     times = (
         (step.tensor_busy, step.tensor_exposed),
-        (hops * hop.seconds, step.pipeline),
+        # without overlap a step also waits for what the stages before send first: not this rank's to hide
+        (sending, min(sending, step.pipeline)),
         (data.reduce_s, step.reduce),
         (data.gather_s, step.gather),
     )

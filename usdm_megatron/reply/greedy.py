@@ -63,17 +63,18 @@ class GreedyDecoder:
             tokens_BT, attended_BT = self._left_padded([prompts[row] for row in rows])
             positions_BT = (attended_BT.cumsum(dim=1) - 1).clamp(min=0)
             banned_V = self._banned(rule)
-        cache: Any = None
+        cache: dict[str, Any] = {}
         while rows:
             output = self._model(
                 input_ids=tokens_BT,
                 attention_mask=attended_BT,
                 position_ids=positions_BT,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,  # all of a long prompt's would take gigabytes
+                **cache,
             )
-            cache = output.past_key_values
+            name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
+            cache = {name: getattr(output, name)}
             chosen_B = output.logits[:, -1].masked_fill(banned_V, -torch.inf).argmax(dim=-1)
             going = []  # places in the batch
             for place, (row, token) in enumerate(zip(rows, chosen_B.tolist(), strict=True)):
@@ -87,7 +88,7 @@ class GreedyDecoder:
                 kept = torch.tensor(going, dtype=torch.long, device=chosen_B.device)
                 rows = [rows[place] for place in going]
                 chosen_B, attended_BT, positions_BT = chosen_B[kept], attended_BT[kept], positions_BT[kept]
-                cache.batch_select_indices(kept)
+                cache[name].batch_select_indices(kept)
             tokens_BT = chosen_B[:, None]
             attended_BT = torch.nn.functional.pad(attended_BT, (0, 1), value=1)
             positions_BT = positions_BT[:, -1:] + 1

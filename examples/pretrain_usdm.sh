@@ -15,6 +15,7 @@
 #         VALID_DATA  the same for evaluation (optional)
 #         OUT         the run: checkpoints, metrics.jsonl, tensorboard/, exit.json
 #         TP=2 PP=2   tensor and pipeline parallel sizes        RECIPE=usdm  or corrected
+#         VPP=8       chunks a pipeline rank holds, each of as many layers; 1: none
 #         EXTRA_ARGS  further flags, e.g. "--recompute-granularity selective --recompute-modules mlp"
 #       NNODES=1 is one machine with GPUs. With more it installs nothing: the environment must be ready
 #       on every node. The exit code is the run's own (0 done, 2 wrong input, 3 preempted after saving,
@@ -85,7 +86,7 @@ demo() {
 # ------------------------------------------------------------------------------------------------- cluster
 
 cluster() {
-    local tp="${TP:-2}" pp="${PP:-2}" problems=() problem name
+    local tp="${TP:-2}" pp="${PP:-2}" vpp="${VPP:-8}" problems=() problem name
     while IFS= read -r problem; do
         problems+=("$problem")
     done < <(launch_unset CHECKPOINT DATA OUT)
@@ -124,6 +125,10 @@ cluster() {
         --load "$OUT" --save "$OUT" --pretrained-checkpoint "$CHECKPOINT" --tensorboard-dir "$OUT/tensorboard"
     )
     [ "$tp" -eq 1 ] || train+=(--sequence-parallel)
+    if [ "$pp" -gt 1 ]; then # docs/scaling.md
+        [ "$vpp" -eq 1 ] || train+=(--num-virtual-stages-per-pipeline-rank "$vpp")
+        [ $((tp * pp)) -gt "${GPUS_PER_NODE:-8}" ] || train+=(--use-tp-pp-dp-mapping)
+    fi
     # shellcheck disable=SC2206  # EXTRA_ARGS is a list of words
     train+=(${EXTRA_ARGS:-})
     launch_training "${train[@]}"

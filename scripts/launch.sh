@@ -11,6 +11,11 @@
 #       LAUNCHER=torchrun  one launcher a node, which starts its ranks; or
 #                srun      this shell, in an allocation, starts all of them: a Slurm task a rank
 #       DRY_RUN=1          print the command that would start the ranks, and stop
+#       and of the check of all machines before a run of several (docs/launchers.md):
+#       HEALTH_CHECK=0     leave it out
+#       MIN_FREE_GIB=200   free space asked for where OUT is: two checkpoints of a 7B model
+#       MIN_BUS_GBS        all-reduce bandwidth, GB/s, below which the nodes are refused
+#       DEVICE=cuda        what ranks must run on; cpu for a rehearsal
 
 step() { printf '\n== %s\n' "$*"; }
 run() {
@@ -43,44 +48,32 @@ launch_unset() {
     fi
 }
 
-launch_training() {
-    local python="${PYTHON:-python}" nnodes="${NNODES:-1}" gpus="${GPUS_PER_NODE:-8}"
-    local node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}" marker launcher code=0 ranks=()
-    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # order of compute and TP traffic
+# launch_ranks PORT: sets `ranks`, the command that starts an interpreter on this node's GPUs, or on all of them
+launch_ranks() {
+    local nnodes="${NNODES:-1}" gpus="${GPUS_PER_NODE:-8}"
     case "${LAUNCHER:-torchrun}" in
         torchrun)
-            ranks=("$python" -m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$gpus"
-                --node-rank "$node_rank" --master-addr "${MASTER_ADDR:-127.0.0.1}"
-                --master-port "${MASTER_PORT:-29500}")
+            ranks=("${PYTHON:-python}" -m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$gpus"
+                --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" --master-addr "${MASTER_ADDR:-127.0.0.1}"
+                --master-port "$1")
             ;;
         srun)
             # No torchrun, which ends its ranks 30 s after SIGTERM: a checkpoint may take longer. The first
             # rank that fails ends the step.
-            ranks=(srun --nodes "$nnodes" --ntasks "$((nnodes * gpus))" --ntasks-per-node "$gpus"
-                --kill-on-bad-exit=1 "$python")
-            node_rank=0
+            ranks=(env MASTER_PORT="$1" srun --nodes "$nnodes" --ntasks "$((nnodes * gpus))"
+                --ntasks-per-node "$gpus" --kill-on-bad-exit=1 "${PYTHON:-python}")
             ;;
         *)
             printf 'error: LAUNCHER is %s; it must be torchrun or srun\n' "$LAUNCHER" >&2
             return 2
             ;;
     esac
-    ranks+=(-m usdm_megatron.cli "$@")
-    if [ -n "${DRY_RUN:-}" ]; then
-        printf '%q ' "${ranks[@]}"
-        printf '\n'
-        return
-    fi
+}
 
-    # Wrong input ends here with one clear message and code 2, before any rank meets another. On one node:
-    # the check reads every byte of the checkpoint.
-    if [ "$node_rank" -eq 0 ]; then
-        "$python" -m usdm_megatron.cli "$@" --dry-run --world-size $((nnodes * gpus)) || return
-    fi
-
-    marker="$(mktemp)"
-    printf '$ %s … -m usdm_megatron.cli %s\n' "${LAUNCHER:-torchrun}" "$*"
-    "${ranks[@]}" &
+# launch_wait COMMAND …: runs it and returns its code; a signal to stop goes on to it
+launch_wait() {
+    local launcher code=0
+    "$@" &
     launcher=$!
     # shellcheck disable=SC2064  # the id of this launcher, now
     trap "kill -TERM $launcher 2>/dev/null || true" TERM INT # bash would wait for the child before it told it
@@ -89,6 +82,41 @@ launch_training() {
         wait "$launcher" || code=$?
     done
     trap - TERM INT
+    return "$code"
+}
+
+launch_training() {
+    local nnodes="${NNODES:-1}" port="${MASTER_PORT:-29500}" marker code=0 ranks=()
+    local node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}"
+    [ "${LAUNCHER:-torchrun}" = torchrun ] || node_rank=0 # one shell starts all
+    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # order of compute and TP traffic
+    launch_ranks "$port" || return
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "${ranks[@]}" -m usdm_megatron.cli "$@"
+        printf '\n'
+        return
+    fi
+
+    # A slow GPU, or a path that one node does not see, costs a minute here, and the run there.
+    if [ "$nnodes" -gt 1 ] && [ "${HEALTH_CHECK:-1}" != 0 ]; then
+        mkdir -p "$OUT"
+        launch_ranks $((port + 1)) # a port of its own: no rank of the run may meet one of the check
+        launch_wait "${ranks[@]}" -m usdm_megatron.cli inspect env --check --path "$OUT" --device "${DEVICE:-cuda}" \
+            --min-free-gib "${MIN_FREE_GIB:-200}" ${MIN_BUS_GBS:+--min-bus-gbs "$MIN_BUS_GBS"} || return
+        launch_ranks "$port"
+    fi
+    ranks+=(-m usdm_megatron.cli "$@")
+
+    # Wrong input ends here with one clear message and code 2, before any rank meets another. On one node:
+    # the check reads every byte of the checkpoint.
+    if [ "$node_rank" -eq 0 ]; then
+        "${PYTHON:-python}" -m usdm_megatron.cli "$@" --dry-run \
+            --world-size $((nnodes * ${GPUS_PER_NODE:-8})) || return
+    fi
+
+    marker="$(mktemp)"
+    printf '$ %s … -m usdm_megatron.cli %s\n' "${LAUNCHER:-torchrun}" "$*"
+    launch_wait "${ranks[@]}" || code=$?
     if [ "$code" -ne 0 ] && [ "$OUT/exit.json" -nt "$marker" ]; then
         local own
         own="$(sed -n -E 's/.*"code": *([0-9]+).*/\1/p' "$OUT/exit.json" | head -n 1)"

@@ -28,8 +28,9 @@ read -r -a hosts <<<"${HOSTS:-}"
 
 # ssh gives a command no environment of ours: what the example reads is named on its command line.
 passed=(NNODES="${#hosts[@]}" MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}")
-for name in GPUS_PER_NODE MASTER_PORT CHECKPOINT DATA VALID_DATA OUT TP PP RECIPE EPOCHS GLOBAL_BATCH_SIZE EXTRA_ARGS \
-    PYTHON DRY_RUN; do
+for name in GPUS_PER_NODE MASTER_PORT CHECKPOINT DATA VALID_DATA OUT TP PP VPP RECIPE EPOCHS GLOBAL_BATCH_SIZE \
+    LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS EXTRA_ARGS PYTHON DRY_RUN \
+    HEALTH_CHECK DEVICE MIN_FREE_GIB MIN_BUS_GBS; do
     [ -z "${!name:-}" ] || passed+=("$name=${!name}")
 done
 while IFS= read -r name; do

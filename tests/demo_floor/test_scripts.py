@@ -31,6 +31,11 @@ OTHERS = (
     "OUT",
     "TP",
     "PP",
+    "VPP",
+    "HEALTH_CHECK",
+    "DEVICE",
+    "MIN_FREE_GIB",
+    "MIN_BUS_GBS",
     "RECIPE",
     "EXTRA_ARGS",
     "PYTHON",
@@ -107,6 +112,7 @@ def cluster_variables(directory: Path, **more: str) -> dict[str, str]:
         "CHECKPOINT": str(directory / "checkpoint"),
         "DATA": str(directory / "data_train"),
         "OUT": str(directory / "run"),
+        "HEALTH_CHECK": "0",
         **more,
     }
 
@@ -154,7 +160,7 @@ def test_the_exit_code_is_the_runs_own(
     dry_run, launch = (prepared / "calls").read_text().splitlines()
     assert dry_run.endswith("--dry-run --world-size 16")
     assert "--nnodes 2 --nproc-per-node 8 --node-rank 0 --master-addr head" in launch
-    assert "--global-batch-size 1024" in launch and launch.endswith("--sequence-parallel --shuffle")
+    assert "--global-batch-size 1024" in launch and launch.endswith("--use-tp-pp-dp-mapping --shuffle")
 
 
 def test_wrong_input_ends_before_the_launch(prepared: Path) -> None:
@@ -174,6 +180,28 @@ def test_one_node_checks_for_all(prepared: Path) -> None:
     assert result.returncode == 0, result.stderr
     (launch,) = (prepared / "calls").read_text().splitlines()
     assert "--node-rank 1" in launch and "--dry-run" not in launch
+
+
+@pytest.mark.parametrize(("healthy", "code"), [(True, 0), (False, 1)])
+def test_machines_are_checked_first(prepared: Path, healthy: bool, code: int) -> None:
+    """By the ranks of the run, on a port of their own; where one is not well, no rank trains."""
+    python = executable(
+        prepared / "python",
+        f'#!/usr/bin/env bash\necho "$*" >>{prepared}/calls\n'
+        f'case "$*" in *--check*) exit {int(not healthy)} ;; esac\n',
+    )
+    variables = cluster_variables(prepared, HEALTH_CHECK="1", MASTER_PORT="3000", MIN_BUS_GBS="150")
+    result = run("bash", str(EXAMPLE), PYTHON=str(python), **variables)
+    assert result.returncode == code, result.stderr
+    check, *launch = (prepared / "calls").read_text().splitlines()
+    where = "-m torch.distributed.run --nnodes 2 --nproc-per-node 8 --node-rank 1 --master-addr head"
+    assert check == (
+        f"{where} --master-port 3001 -m usdm_megatron.cli inspect env --check --path {prepared}/run "
+        "--device cuda --min-free-gib 200 --min-bus-gbs 150"
+    )
+    assert [
+        line.startswith(f"{where} --master-port 3000 -m usdm_megatron.cli pretrain") for line in launch
+    ] == ([True] * healthy)
 
 
 def test_a_stop_signal_reaches_the_launcher(prepared: Path) -> None:

@@ -22,7 +22,9 @@ SCRIPTS = sorted(
 )
 LAUNCH_VARIABLES = (
     "NNODES", "GPUS_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CHECKPOINT", "DATA", "VALID_DATA",
-    "OUT", "TP", "PP", "RECIPE", "EXTRA_ARGS", "PYTHON", "HOSTS", "EXAMPLE", "LAUNCHER", "DRY_RUN",
+    "OUT", "TP", "PP", "VPP", "RECIPE", "EXTRA_ARGS",
+    "HEALTH_CHECK", "DEVICE", "MIN_FREE_GIB", "MIN_BUS_GBS",
+    "PYTHON", "HOSTS", "EXAMPLE", "LAUNCHER", "DRY_RUN",
 )  # fmt: skip
 
 
@@ -155,10 +157,41 @@ def test_slurm_dry_run(prepared: dict[str, str]) -> None:
     result = run("examples/cluster/slurm.sbatch", "--dry-run", **prepared, NNODES="4", TP="4")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(
-        "srun --nodes 4 --ntasks 32 --ntasks-per-node 8 --kill-on-bad-exit=1 /env/bin/python "
+        "env MASTER_PORT=29500 srun --nodes 4 --ntasks 32 --ntasks-per-node 8 --kill-on-bad-exit=1 "
+        "/env/bin/python "
         "-m usdm_megatron.cli pretrain "
     )
     assert "--tensor-model-parallel-size 4" in result.stdout
+
+
+def test_the_recommended_layout_is_started(prepared: dict[str, str]) -> None:
+    """TP2 x PP2 x VPP8 of docs/scaling.md, by whatever way, with the planner's own flags."""
+    from tests.plan_floor.requests import planned, request
+    from usdm_megatron.plan.search import short_name
+
+    (replicated,) = jobset()["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    found = planned(request(), tp=2, pp=2, vpp=8)
+    assert short_name(found.planned.parallel, "none") == "tp=2,pp=2,vpp=8,recompute=none"
+    flags = [
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        "--num-virtual-stages-per-pipeline-rank 8",
+        "--use-tp-pp-dp-mapping",
+        "--sequence-parallel",
+        "--overlap-grad-reduce --overlap-param-gather",
+    ]
+    assert found.planned.parallel.use_tp_pp_dp_mapping and found.planned.parallel.sequence_parallel
+    here = {"NODE_RANK": "0", "DRY_RUN": "1"}
+    for result in (
+        run("examples/pretrain_usdm.sh", **env | prepared | here | {"VALID_DATA": ""}),
+        run("examples/pretrain_usdm.sh", **prepared | here, NNODES="64", MASTER_ADDR="a"),
+        run("examples/cluster/slurm.sbatch", "--dry-run", **prepared),
+    ):
+        assert result.returncode == 0, result.stderr
+        assert all(flag in result.stdout for flag in flags), result.stdout
+    result = run("examples/pretrain_usdm.sh", **prepared | here, NNODES="64", MASTER_ADDR="a", TP="8", PP="4")
+    assert "--use-tp-pp-dp-mapping" not in result.stdout  # a pipeline of 32 ranks does not fit into a node
 
 
 def test_directives_agree_with_the_script() -> None:

@@ -87,6 +87,9 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "OUT": str(tmp_path / "run"),
         "TP": "1",
         "PP": "2",
+        "VPP": "1",
+        "DEVICE": "cpu",
+        "MIN_FREE_GIB": "0.1",
         "EXTRA_ARGS": "--seq-length 64 --global-batch-size 4 --no-bf16 --save-interval 10",
     }
 
@@ -153,7 +156,8 @@ def test_two_hosts_stopped_and_started_again(cluster: dict[str, str], tmp_path: 
     with started("examples/cluster/torchrun.sh", environment) as process:
         wait_for_step(run, 3, process)
         process.send_signal(signal.SIGTERM)
-        finish(process, code=3)
+        output = finish(process, code=3)
+    assert "2 ranks on 1 hosts" in output and "  ok    shared directory" in output
     reached = len(losses(run))
     assert 3 <= reached < STEPS
     with started("examples/cluster/torchrun.sh", environment) as process:
@@ -170,7 +174,6 @@ def test_slurm_requeues_what_it_stopped(cluster: dict[str, str], tmp_path: Path)
         "SLURM_JOB_NODELIST": "127.0.0.1",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "REQUEUED": str(requeued),
-        "MIN_FREE_GIB": "0.1",
     }
     ours = "examples/cluster/slurm.sbatch"
     with started(ours, environment) as process:
@@ -186,6 +189,13 @@ def test_slurm_requeues_what_it_stopped(cluster: dict[str, str], tmp_path: Path)
         finish(process, code=0)
     assert requeued.read_text() == "7\n"
     assert_equals_one_launch(run, tmp_path)
+
+
+def test_machines_are_checked_before_a_run(cluster: dict[str, Any], tmp_path: Path) -> None:
+    environment = cluster | {"HOSTS": "127.0.0.1 node1", "MASTER_ADDR": "127.0.0.1", "DEVICE": "cuda"}
+    with started("examples/cluster/torchrun.sh", environment) as process:
+        assert "  FAIL  gpus              none: ranks run on the CPU" in finish(process, code=1)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_wrong_input_ends_all_hosts(cluster: dict[str, Any], tmp_path: Path) -> None:

@@ -334,18 +334,21 @@ def test_all_ranks_on_the_command_line(arguments: list[str]) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
-def test_512_ranks_of_mistral_7b() -> None:
+def test_512_ranks_of_mistral_7b(tmp_path: Path) -> None:
     from usdm_megatron.plan.model_shape import find_model
     from usdm_megatron.plan.simulate import simulate
 
     layout = Layout(tp=2, pp=2, dp=128, vpp=8, sp=True, extra=OVERLAP)
     shape = find_model("mistral-7b")
     options = {"training": {"bf16": True}, "data": {"global_batch_size": 1024, "seq_length": 8192}}
+    rows = tiny.write_store(tmp_path / "P", tiny.random_rows(1100, 64), shape.vocabulary)
     run = dataclasses.replace(
-        jobs.shape_of(layout, None, options), architecture=shape.architecture, vocabulary=shape.vocabulary
+        jobs.shape_of(layout, rows, options), architecture=shape.architecture, vocabulary=shape.vocabulary
     )
     world = simulate(run, budget_gib=35.0)
     assert world.faults == world.problems == ()
+    read = {row for rank in world.ranks for micro_batch in rank.rows for row in micro_batch}
+    assert read == set(range(1024))  # each once in a replica: a fault otherwise
     held = {(rank.place.tp, rank.place.pp): rank.parameter_count for rank in world.ranks}
     norms = sum(held.values()) - padded_parameters(run)
     assert norms == 65 * 4096  # held by both tensor parallel ranks: two of each layer, and the last

@@ -115,6 +115,19 @@ def test_cores_that_ranks_share_are_not_compared() -> None:
     assert not failed(judge(world(ranks=ranks), BOUNDS))
 
 
+def test_the_device_that_is_asked_for() -> None:
+    on_cpus = world(ranks=tuple(rank_facts(r, gpu=None) for r in range(4)))
+    for facts, device, problem in (
+        (on_cpus, "cuda", "no rank sees one"),
+        (on_cpus, "cpu", ""),
+        (world(), "cuda", ""),
+        (world(), "cpu", "ranks run on GPUs"),
+    ):
+        wrong = [one for one in judge(facts, dataclasses.replace(BOUNDS, device=device)) if one.problems]
+        assert [one.name for one in wrong] == ["gpus"] * bool(problem)
+        assert not problem or problem in wrong[0].problems[0]
+
+
 def test_nvidia_smi_lines() -> None:
     fields = ("uuid", "memory.used", "clocks_throttle_reasons.hw_slowdown", "ecc.errors")
     assert parse_nvidia_smi(fields, "GPU-1, 3, Not Active, [N/A]") == {

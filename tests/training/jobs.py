@@ -123,13 +123,17 @@ def load_engine(config: RunConfig, checkpoint: Path, groups: Any) -> tuple[Any, 
     from usdm_megatron.checkpoint.facts import read_facts
     from usdm_megatron.checkpoint.store import load_sharded
     from usdm_megatron.log import quiet_upstream
+    from usdm_megatron.model.attention import resolve_backend
+    from usdm_megatron.model.build import weight_dtype
     from usdm_megatron.runtime.process_groups import seed_rank
     from usdm_megatron.train.engine import build_engine
 
     quiet_upstream()
     seed_rank(config.training.seed, groups.coordinates)
     facts = read_facts(checkpoint)
-    engine = build_engine(config, facts.architecture, facts.vocabulary, groups, "torch")
+    asked = config.model.core_attention
+    backend = resolve_backend("torch" if asked == "auto" else asked, weight_dtype(config.training.bf16))
+    engine = build_engine(config, facts.architecture, facts.vocabulary, groups, backend)
     state = {f"chunk_{index}": model.sharded_state_dict() for index, model in enumerate(engine.models)}
     loaded = load_sharded(checkpoint, {"model": state}, strict="requested", cast=True)
     for index, model in enumerate(engine.models):

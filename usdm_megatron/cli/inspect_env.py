@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -35,6 +35,8 @@ class EnvironmentFlags:
     """directory that all nodes share, where the run will be kept"""
     min_free_gib: float = 200.0
     """free space asked for there; a checkpoint of a 7B model with its optimizer takes about 100"""
+    device: Literal["cuda", "cpu"] | None = None
+    """what every rank must run on (not judged unless given)"""
     min_bus_gbs: float | None = None
     """all-reduce bus bandwidth asked for, GB/s (not judged unless given)"""
     nproc_per_node: int | None = None
@@ -96,7 +98,7 @@ def _check(flags: EnvironmentFlags, environment: RankEnvironment) -> int:
                 f"inspect env: --path {flags.path} cannot be written: {error}; name a directory that every "
                 "rank may write to"
             ) from error
-    findings = judge(world, Bounds(flags.min_free_gib, flags.min_bus_gbs))
+    findings = judge(world, Bounds(flags.min_free_gib, flags.min_bus_gbs, flags.device))
     if groups.rank == 0:
         hosts = len({facts.host for facts in world.ranks})
         if flags.json:

@@ -9,10 +9,12 @@ from usdm_megatron.errors import ConfigError
 from usdm_megatron.parallel_config import ParallelConfig
 from usdm_megatron.plan.search import PlannedLayout, short_name
 
-# what the example script passes itself: two as TP and PP, the others always
+# what the example script passes itself: three as TP, PP and VPP, the others always, or by the planner's rule
 _OF_THE_EXAMPLE = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "use_tp_pp_dp_mapping",
     "overlap_grad_reduce",
     "overlap_param_gather",
 )
@@ -47,7 +49,7 @@ set -euo pipefail
 : "${{CHECKPOINT:?is not set}}" "${{DATA:?is not set}}" "${{OUT:?is not set}}"
 export CHECKPOINT DATA OUT RECIPE="${{RECIPE:-corrected}}"
 export NNODES={layout.world_size // per_node} GPUS_PER_NODE={per_node} MASTER_PORT="${{MASTER_PORT:-29500}}"
-export TP={layout.tp} PP={layout.pp}
+export TP={layout.tp} PP={layout.pp} VPP={layout.vpp}
 flags=(
 {flags}    --seq-length {data.seq_length}
     --global-batch-size {data.global_batch_size}

@@ -31,6 +31,7 @@ class Bounds:
 
     min_free_gib: float
     min_bus_gbs: float | None
+    device: str | None = None
     min_open_files: int = 4096
 
 
@@ -72,7 +73,7 @@ def judge(world: WorldFacts, bounds: Bounds) -> list[Finding]:
     return [
         _versions(world.ranks),
         _environment(world.ranks),
-        _gpus(world.ranks),
+        _gpus(world.ranks, bounds),
         _matmul(world.ranks),
         _all_reduced(world, bounds),
         _clocks(world),
@@ -107,11 +108,12 @@ def _environment(ranks: Sequence[RankFacts]) -> Finding:
     return Finding("environment", value or "no NCCL_ variables", tuple(differing))
 
 
-def _gpus(ranks: Sequence[RankFacts]) -> Finding:
+def _gpus(ranks: Sequence[RankFacts], bounds: Bounds) -> Finding:
     gpus = [(facts, facts.gpu) for facts in ranks if facts.gpu is not None]
     if not gpus:
-        return Finding("gpus", "none: ranks run on the CPU")
-    problems = []
+        problems = ["no rank sees one, --device cuda asks for them; look at nvidia-smi and at torch's build"]
+        return Finding("gpus", "none: ranks run on the CPU", tuple(problems * (bounds.device == "cuda")))
+    problems = [f"--device is {bounds.device}, and ranks run on GPUs"] if bounds.device == "cpu" else []
     if len(gpus) < len(ranks):
         problems.append(f"{len(ranks) - len(gpus)} of {len(ranks)} ranks see no GPU")
     names = [gpu.name for _, gpu in gpus]

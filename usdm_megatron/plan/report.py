@@ -139,6 +139,8 @@ def as_table(plan: Plan, most: int) -> str:
     hidden = len(plan.layouts) - most
     if hidden > 0:
         lines.append(f"      … {hidden} more (--json lists all)")
+    if any("layernorm" in layout.recompute for layout in plan.layouts[:most]):
+        lines.append("      layernorm: only core's Transformer Engine layers recompute norms")
     lines += ["", *_rejected_lines(plan)]
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ sft_export() {
 }
 
 if sft_wants_demo "$@"; then
-    sft_demo runs/sft --train-iters 800 --global-batch-size 4 --micro-batch-size 2 --lr 4e-3
+    sft_demo runs/sft --train-iters 1000 --global-batch-size 4 --micro-batch-size 2 --lr 3e-3
 else
     sft_cluster
 fi

@@ -63,7 +63,7 @@ class DemoSettings:
     lr_warmup_iters: int = 10  # steps
 
     # fine-tuning
-    full_tuning: TuningSettings = TuningSettings(train_iters=800, global_batch_size=4, lr=4e-3)
+    full_tuning: TuningSettings = TuningSettings(train_iters=1000, global_batch_size=4, lr=3e-3)
     lora_tuning: TuningSettings = TuningSettings(train_iters=1000, global_batch_size=4, lr=3e-3)
     max_new_tokens: int = 64  # of each step of a reply; the longest of the corpus takes half of it
 

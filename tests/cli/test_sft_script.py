@@ -25,7 +25,7 @@ VARIABLES = (
     "NNODES", "GPUS_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CHECKPOINT", "DATA", "VALID_DATA",
     "OUT", "TP", "PP", "RECIPE", "EPOCHS", "GLOBAL_BATCH_SIZE", "EXTRA_ARGS", "PYTHON", "SLURM_NODEID",
     "LAUNCHER", "DRY_RUN", "PRETRAINED", "LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS",
-    "USDM_SKIP_SETUP", "USDM_PYTHON",
+    "USDM_SKIP_SETUP", "USDM_PYTHON", "HEALTH_CHECK", "DEVICE", "MIN_FREE_GIB", "MIN_BUS_GBS",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def variables(directory: Path, **more: str) -> dict[str, str]:
         "CHECKPOINT": str(directory / "pretrained"),
         "DATA": str(directory / "dialogs_train"),
         "OUT": str(directory / "run"),
+        "HEALTH_CHECK": "0",  # tests/demo_floor/test_scripts.py has its test
         **more,
     }
 

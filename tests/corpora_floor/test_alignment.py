@@ -187,6 +187,7 @@ def test_float_noise_is_no_silence() -> None:
 # ── what is rejected ──
 
 FINE = in_row(0.4, 0.4, 0.4, 0.4)
+TEN_SECONDS = [Word(word.text, word.start_s * 6.25, word.end_s * 6.25) for word in FINE]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,16 @@ FINE = in_row(0.4, 0.4, 0.4, 0.4)
         ([*FINE[:3], Word("d", math.nan, 1.6)], 80, None, "times_not_increasing", "nan"),
         (FINE, 40, None, "units_do_not_fit_duration", "40 units in 1.6 s, expected about 80"),
         (FINE, 80, 4.0, "units_do_not_fit_duration", "expected about 200"),
+        (
+            FINE,
+            80 * 50,
+            None,
+            "units_do_not_fit_duration",
+            "units last 80 s, words 1.6 s: state",
+        ),
+        (FINE, 181, None, "units_do_not_fit_duration", "units last 3.62 s"),  # 2 s of silence and a unit
+        (TEN_SECONDS, 1001, None, "units_do_not_fit_duration", "units last 20.02 s, words 10 s"),
+        (TEN_SECONDS, 751, None, "units_do_not_fit_duration", "units last 15.02 s, words 10 s"),
         (FINE, 80, math.inf, "units_do_not_fit_duration", "inf"),
         (FINE, 80, math.nan, "units_do_not_fit_duration", "nan"),
     ],
@@ -221,4 +232,10 @@ def test_other_unit_rates() -> None:
     assert align(FINE, 40, units_per_second=25) == spans(
         ("a", 0, 10), ("b", 10, 20), ("c", 20, 30), ("d", 30, 40)
     )
+    with pytest.raises(Rejected, match="units last 20 s, words 10 s"):  # 50 a second in truth
+        align(TEN_SECONDS, 500, units_per_second=25)
+    for words, most in ((FINE, 180), (TEN_SECONDS, 750)):  # silence behind the words
+        assert align(words, most)[-1].end_unit == most
+    silence = Word("", 10.0, 20.0)  # one that is listed is as long as it likes
+    assert align([*TEN_SECONDS, silence], 1000) == align(TEN_SECONDS, 1000, duration_s=20.0)
     assert align(FINE, 100)[-1] == WordSpan("d", 60, 100)  # nothing after 1.6 s is said: 2 s by the units

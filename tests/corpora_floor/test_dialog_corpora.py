@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from usdm_megatron.corpora import dialog_corpora
 from usdm_megatron.corpora.dialog import DialogTemplate, Turn, exchanges
 from usdm_megatron.corpora.dialog_corpora import DailyTalkDialogs, DialogSource, JsonDialogs
+from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
 from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess import text_lines
+from usdm_megatron.preprocess.parts_plan import MergeOptions
 from usdm_megatron.preprocess.samples import SampleBlock, utterance_hash
+from usdm_megatron.preprocess.stores import SampleOptions, StoreOptions, write_samples
 from usdm_megatron.tokenizer.text_encoder import TextEncoder
 from usdm_megatron.vocab import Vocabulary
 
@@ -127,6 +130,26 @@ def test_a_dialog_without_id_is_known_by_its_content(open_lines: Callable[..., D
     assert len(set(utterances)) == 2
 
 
+@pytest.mark.parametrize("part_bytes", [1 << 20, 1])  # neighbours in a part, and in two
+def test_an_id_that_comes_again_is_known_by_its_place(
+    open_lines: Callable[..., DialogSource], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part_bytes: int
+) -> None:
+    monkeypatch.setattr(
+        dialog_corpora, "line_parts", lambda p, h: text_lines.line_parts(p, h, part_bytes=part_bytes)
+    )
+    other = {**a_dialog(2), "id": "x"}
+    nameless = a_dialog(4)
+    source = open_lines(a_dialog(3, "x"), other, nameless, nameless, a_dialog(1, "q"), a_dialog(2, "q"))
+    options = StoreOptions(8192, SMALL)
+    samples = SampleOptions(MergeOptions(packing="none"), id_rule="once", input_holds_ids=False)
+    result = write_samples("dialog", {"": source}, str(tmp_path / "P"), options, samples)
+    assert result is not None
+    assert result.rejected == {"fewer_than_2_turns": 1, "duplicate_id": 3}
+    assert TokenStore.open(tmp_path / "P").summary.samples == 2 + 3
+    listed = json.loads((tmp_path / "P_report.json").read_text())["listed"]
+    assert [one["where"] for one in listed[1:]] == ["x", json.dumps(nameless["turns"])[:80] + "…", "q"]
+
+
 def test_white_space_units_as_text_and_other_fields(open_lines: Callable[..., DialogSource]) -> None:
     plain = open_lines({"id": 1, "turns": [a_turn("a"), a_turn("b")]})
     expected = samples_of(make_all(plain))
@@ -203,6 +226,10 @@ def test_over_long_exchanges(open_lines: Callable[..., DialogSource]) -> None:
         (b'{"turns": [{"speaker": 1}]}', "line 2: turn 0 has no text"),
         (b'{"turns": [], "id": [1]}', r"line 2: id is \[1\]; it is a string or a number, or is left out"),
         (b'{"turns": [], "id": true}', "line 2: id is True"),
+        (
+            b'{"turns": [], "id": ""}',
+            "line 2: id is ''; .*, or is left out where empty",
+        ),
         (b"[" * 100_000, "line 2: not JSON"),
         (b'{"turns": [], "id": ' + b"9" * 5000 + b"}", "line 2: not JSON"),
     ],
@@ -337,6 +364,7 @@ def test_rejected_dialogs_of_dailytalk(dailytalk: Path, encoder: TextEncoder) ->
         ("metadata.json", b'{"0": {"../0": {"text": "", "speaker": 0}}}', "dialog '0', turn '../0' is"),
         ("metadata.json", b'{"0": {"0": {"text": "", "speaker": "/etc"}}}', "dialog '0', turn '0' is"),
         ("val.txt", b"0_0_d1|0|x|hi|none\n0_0_x|0|x|hi|none\n", "val.txt line 2: .* is no turn of DailyTalk"),
+        ("val.txt", b"\xef\xbb\xbf0_0_d1|0|x|hi|none\n\n\nx", "val.txt line 4: "),
         ("val.txt", b"0_0_d1|\n", "val.txt line 1: "),
         ("val.txt", b"0_0_d1|\xff|a|b", "val.txt line 1: "),
         ("val.txt", b"\n", "names no turns"),

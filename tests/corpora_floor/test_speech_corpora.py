@@ -277,6 +277,28 @@ def test_parquet_without_the_columns(tmp_path: Path) -> None:
         ManifestCorpus([tmp_path / "m.parquet"]).parts()
 
 
+def test_columns_that_come_twice(tmp_path: Path) -> None:
+    columns = {"id": ["a"], "units": [[1]], "words": [[]]}
+    arrays = [*map(pa.array, columns.values()), pa.array([[1]]), pa.array(["a"])]
+    pq.write_table(pa.table(arrays, names=[*columns, "units", "id"]), tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="m.parquet: has column 'id' 2 times, 'units' 2 times; write it"):
+        ManifestCorpus([tmp_path / "m.parquet"]).parts()
+
+
+def test_a_missing_duration_as_pandas_writes_it(tmp_path: Path) -> None:
+    records = [{**RECORDS[0], "duration": float("nan")}, RECORDS[1]]
+    path = write_parquet(tmp_path / "m.parquet", records, pa.list_(pa.int32()), rows=2)
+    assert [as_record(one)["duration"] for one in read_all(ManifestCorpus([path]))] == [
+        None, RECORDS[1]["duration"],
+    ]  # fmt: skip
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "m.jsonl", RECORDS[:2])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [as_record(one) for one in read_all(ManifestCorpus([path]))] == RECORDS[:2]
+
+
 def test_parquet_without_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "m.parquet", RECORDS[:1], pa.list_(pa.int32()), rows=2)
     pq.write_table(pq.read_table(path).slice(0, 0), path)

@@ -113,6 +113,19 @@ def test_units_are_the_first_line_up_to_a_tab(tmp_path: Path, content: bytes, re
             read_units(tmp_path / "n_unit.txt")
 
 
+def test_links_that_lead_nowhere_are_missing_files(tmp_path: Path) -> None:
+    units, grids = write_tree(tmp_path, RECORDS[:3])
+    for path in (units / "speaker0/utt_0_unit.txt", grids / "speaker1/utt_1.TextGrid"):
+        path.unlink()
+        path.symlink_to(tmp_path / "gone")
+    corpus = TextGridCorpus(units, grids)
+    assert all(path.is_file() for _, path in corpus.files()) and len(corpus.files()) == 4
+    assert [one.reason for one in read_all(corpus) if isinstance(one, Rejection)] == [
+        "units_missing",
+        "textgrid_missing",
+    ]
+
+
 # ── damaged TextGrids ──
 
 

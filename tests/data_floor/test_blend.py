@@ -278,6 +278,12 @@ def test_stores_of_other_tokenizers(stores: list[TokenStore]) -> None:
     assert "cdcdcdcdcdcd… and abababababab…" in problem
 
 
+def test_a_weight_that_reads_nothing_of_its_store(stores: list[TokenStore]) -> None:
+    (problem,) = refusal([stores[0].prefix, stores[1].prefix], "1", "1e-320")
+    assert problem.startswith(f"{stores[1].prefix}: its weight, 1e-320 of all, reads none of its ")
+    assert "raise the weight, or leave the store out" in problem
+
+
 def test_a_copy_of_a_store(stores: list[TokenStore], tmp_path: Path) -> None:
     for suffix in ("bin", "idx", "json"):
         shutil.copy(f"{stores[0].prefix}.{suffix}", tmp_path / f"copy.{suffix}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -251,6 +253,41 @@ def test_a_damaged_store(write_store: Callable[..., TokenStore], capsys: pytest.
 
 
 @needs_matplotlib
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"row_capacity": 1}, "records longest_row .*, above its row_capacity of 1"),
+        ({"notices": {"a": "b"}}, "notices: a is 'b', no count"),
+        ({"vocabulary": {"text_size": 20, "unit_count": 7, "bos_id": 1e30, "eos_id": 2}}, "malformed"),
+        ({"vocabulary": {"text_size": 20, "unit_count": 7, "bos_id": -1, "eos_id": 2}}, "malformed"),
+        ({"vocabulary": {"text_size": 1 << 40, "unit_count": 7, "bos_id": 1, "eos_id": 2}}, "of int32"),
+    ],
+)
+def test_a_summary_that_cannot_be(
+    write_store: Callable[..., TokenStore],
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    problem: str,
+) -> None:
+    store = write_store([[[1, 5, 2]]])
+    path = Path(f"{store.prefix}.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert inspect(store.prefix) == 2
+    assert re.search(problem, capsys.readouterr().err)
+
+
+def test_a_terminal_of_ascii(write_store: Callable[..., TokenStore]) -> None:
+    store = write_store([[[1, *range(3, 20), *range(3, 20), 2]]])
+    ended = subprocess.run(
+        [sys.executable, "-m", "usdm_megatron.cli", "inspect", "store", store.prefix],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert b"\\u2026" in ended.stdout
+
+
 def test_plot(masked_store: TokenStore, tmp_path: Path) -> None:
     """In a process of its own: no display, and nothing of pyplot's global state."""
     code = (

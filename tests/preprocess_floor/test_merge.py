@@ -19,7 +19,6 @@ from usdm_megatron.preprocess import merge, merged_samples
 from usdm_megatron.preprocess.merge import MergeResult, merge_parts
 from usdm_megatron.preprocess.merged_samples import first_of_each, in_test_split
 from usdm_megatron.preprocess.parts_plan import IdRule, MergeOptions, Shard
-from usdm_megatron.preprocess.samples import utterance_hash
 from usdm_megatron.preprocess.stores import SampleOptions, StoreOptions, WorkOptions, write_samples
 
 CAPACITY = 30
@@ -146,23 +145,32 @@ def test_first_of_each(pairs: list[tuple[int, int]]) -> None:
 
 
 def test_a_second_utterance_of_a_name_is_rejected(tmp_path: Path) -> None:
-    lines = [*LINES, "u3 1 9", "u0 0 3", "u3 1 5", "u7 bad"]
+    lines = [*LINES, "u3 0 9", "u3 1 9", "u0 0 3", "u3 1 5", "u7 bad"]
     result = write(tmp_path, lines)
     assert result is not None
-    assert result.rejected == {"bad": 1, "duplicate_id": 3}
+    assert result.rejected == {"bad": 1, "duplicate_id": 2}  # an utterance counts once, not once an epoch
     assert sorted(sample for row in rows_of(tmp_path / "P") for sample in row) == sorted(expected())
     report = json.loads((tmp_path / "P_report.json").read_text())
-    assert report["rejected"] == {"total": 4, "by_reason": {"bad": 1, "duplicate_id": 3}}
+    assert report["rejected"] == {"total": 3, "by_reason": {"bad": 1, "duplicate_id": 2}}
     assert report["stores"][""]["samples"] == len(LINES)
     assert report["listed"][0] == {"where": "u7", "reason": "bad", "detail": "says so"}
-    assert report["listed"][1]["where"] == "part-00017.bin sample 1"  # line 120 of 7 a part
-    assert f"{utterance_hash('u3'):016x}, epoch 1" in report["listed"][1]["detail"]
+    assert [one["where"] for one in report["listed"][1:]] == ["u3", "u0"]
+    assert report["listed"][1]["detail"].startswith("the id comes again")
 
 
-def test_samples_of_a_dialog_stand_together(tmp_path: Path) -> None:
-    lines = ["a 0 5", "a 0 6", "b 0 5", "a 0 7", "a 0 8", "c 0 5", "b 0 6"]
-    result = write(tmp_path, lines, id_rule="together")
-    assert result is not None and result.rejected == {"duplicate_id": 3}
+def test_an_id_that_was_rejected_is_taken_all_the_same(tmp_path: Path) -> None:
+    lines = ["a 0 5", "q bad", "q 0 6", "q bad", "a bad", "r 0 7"]
+    result = write(tmp_path, lines)
+    assert result is not None and result.rejected == {"bad": 3, "duplicate_id": 1}
+    assert sorted(sample for row in rows_of(tmp_path / "P") for sample in row) == sorted(
+        tuple(sample_tokens(name, 0, length)) for name, length in (("a", 5), ("r", 7))
+    )
+
+
+def test_all_samples_of_a_dialog_stay_and_a_neighbour_of_its_id_goes(tmp_path: Path) -> None:
+    lines = ["a 0 5+6", "a 0 7", "b 0 5", "a 0 8+9", "c 0 5", "b 0 6", "b 0 5"]
+    result = write(tmp_path, lines)
+    assert result is not None and result.rejected == {"duplicate_id": 4}
     assert sorted(sample for row in rows_of(tmp_path / "P") for sample in row) == sorted(
         tuple(sample_tokens(name, 0, length)) for name, length in (("a", 5), ("a", 6), ("b", 5), ("c", 5))
     )
@@ -173,8 +181,8 @@ def test_samples_of_a_dialog_stand_together(tmp_path: Path) -> None:
 def test_strict_names_what_would_be_rejected(tmp_path: Path) -> None:
     strict = MergeOptions(strict=True)
     with pytest.raises(DataError) as caught:
-        write(tmp_path, [*LINES, "u3 1 9"], merge_options=strict)
-    assert "part-00017.bin sample 1: rejected, duplicate_id (id hash" in caught.value.problems[0]
+        write(tmp_path, [*LINES, "u3 0 9"], merge_options=strict)
+    assert caught.value.problems[0].startswith("u3: rejected, duplicate_id (the id comes again")
     assert caught.value.problems[-1] == "--strict allows no rejection: mend the input, or leave the flag out"
     (tmp_path / "in.txt").write_text("\n".join([*LINES, *(f"v{number} bad" for number in range(30))]))
     with pytest.raises(DataError) as caught:
@@ -185,16 +193,18 @@ def test_strict_names_what_would_be_rejected(tmp_path: Path) -> None:
 
 def test_lists_are_bounded_and_counts_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merged_samples, "LISTED_REJECTIONS", 5)
-    result = write(tmp_path, [*LINES, *(f"v{number} bad" for number in range(30)), "u1 1 4"])
+    result = write(tmp_path, [*LINES, *(f"v{number} bad" for number in range(30)), "u1 0 4"])
     assert result is not None and result.rejected == {"bad": 30, "duplicate_id": 1}
     assert len(json.loads((tmp_path / "P_report.json").read_text())["listed"]) == 5
+    assert json.loads((tmp_path / "P_report.json").read_text())["not_listed"] == 26
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         write(tmp_path, ["u bad", "v bad"])
     assert caught.value.problems == (
-        "the input gives no sample", "u: rejected, bad (says so)", "v: rejected, bad (says so)",
+        "in.txt: gives no sample, and an empty store cannot be trained on; mend what was rejected",
+        "u: rejected, bad (says so)", "v: rejected, bad (says so)",
     )  # fmt: skip
     assert not list(tmp_path.glob("P.[bij]*"))
 
@@ -282,7 +292,7 @@ def test_another_store_in_its_place_is_not_taken_for_it(tmp_path: Path) -> None:
         path.write_bytes(other.read_bytes())
     with pytest.raises(DataError, match="exists already"):
         write(tmp_path)
-    for path in StorePaths.of(tmp_path / "P"):
+    for path in (*StorePaths.of(tmp_path / "P"), tmp_path / "P_report.json"):
         path.unlink()
     assert write(tmp_path) is not None
     assert TokenStore.open(tmp_path / "P").identity != TokenStore.open(tmp_path / "Q").identity

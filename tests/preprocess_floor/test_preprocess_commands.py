@@ -160,9 +160,7 @@ def test_stores_are_whole(
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "workers"), [*((name, 2) for name in COMMANDS), ("packed", 4), ("samples", 4)]
-)
+@pytest.mark.parametrize(("name", "workers"), [(name, workers) for name in COMMANDS for workers in (2, 4)])
 def test_workers(
     corpora: Path, reference: Callable[[str], dict[str, bytes]], name: str, workers: int, tmp_path: Path
 ) -> None:
@@ -171,7 +169,7 @@ def test_workers(
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [*((name, [2, 0, 1]) for name in COMMANDS), ("packed", [0]), ("samples", [0])]
+    ("name", "order"), [(name, order) for name in COMMANDS for order in ([2, 0, 1], [0])]
 )
 def test_shards(
     corpora: Path,
@@ -202,7 +200,7 @@ def cluster() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["packed", "samples", "speech-text"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_ray(
     corpora: Path, reference: Callable[[str], dict[str, bytes]], name: str, tmp_path: Path, cluster: None
 ) -> None:
@@ -347,9 +345,12 @@ def test_what_was_rejected_is_said(corpora: Path, tmp_path: Path, capsys: pytest
     assert run(*arguments) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "P_report.json").read_text())
-    assert report["rejected"]["by_reason"]["duplicate_id"] == 8  # one id of each of 4 files, 2 epochs
+    assert (
+        report["rejected"]["by_reason"]["duplicate_id"] == 4
+    )  # one id of each of 4 files, not once an epoch
+    assert [one["where"] for one in report["listed"]] == [f"{file} speaker0/utt_0" for file in range(4)]
     assert f"rejected: {report['rejected']['total']} (" in printed
-    assert "duplicate_id 8" in printed and "P_report.json lists them" in printed
+    assert "duplicate_id 4" in printed and "P_report.json lists them" in printed
     assert run(*arguments, "--overwrite", "--strict") == 2
     errors = capsys.readouterr().err.splitlines()
     assert all(line.startswith("error: ") for line in errors)
@@ -373,6 +374,7 @@ def test_targets_are_said(corpora: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["samples", "--input", "x", "--split", "0.9"], "--split is '0.9'; it takes the shares"),
         (["samples", "--input", "x", "--split", "0.9,0.2"], "--split is 0.9,0.2; it takes the shares"),
         (["samples", "--input", "x", "--workers", "0"], "--workers is 0, the least is 1"),
+        (["samples", "--input", "x", "--workers", "1000000000000"], "the least is 1 and the most 4096"),
         (["samples", "--input", "x", "--shard", "3"], "--shard is '3'; it takes i/n"),
         (["samples", "--input", "x", "--shard", "3/3"], "--shard is 3/3; of n shards"),
         (["speech-text", "--tokenizer", "x"], "pass either --manifest FILE … or both --unit-root"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.preprocess_floor.line_source import VOCABULARY, LineSource
 from usdm_megatron.errors import ConfigError, DataError
-from usdm_megatron.preprocess import parts_plan, sample_parts
+from usdm_megatron.preprocess import parts_plan, plan_agreement, sample_parts
 from usdm_megatron.preprocess.executors import SerialExecutor
 from usdm_megatron.preprocess.part_files import PartFiles, open_part, write_part
 from usdm_megatron.preprocess.parts_plan import Input, MergeOptions, PartsPlan, Shard, StorePlan
@@ -132,14 +132,15 @@ def test_other_options_are_refused_by_name(
     with pytest.raises(DataError, match="with other options or from other input: ") as caught:
         make(source, tmp_path / "P", **changes)
     assert message in str(caught.value)
-    assert "Use the same ones to go on, or remove the directory" in str(caught.value)
+    assert "Use the same ones to go on, or pass --overwrite to discard the parts" in str(caught.value)
 
 
 def test_other_input_is_refused(source: LineSource, tmp_path: Path) -> None:
     make(source, tmp_path / "P")
     source.path.write_text("\n".join([*LINES[:-1], "u3 0 9"]))  # of another size
-    with pytest.raises(DataError, match="stores..bytes was"):
+    with pytest.raises(DataError, match="from other input: in.txt had 154 bytes, has 152") as caught:
         make(source, tmp_path / "P")
+    assert "stores." not in str(caught.value)
     source.path.write_text("\n".join(["v0 0 5", *LINES[1:]]))  # of the same size
     with pytest.raises(DataError, match="in.txt: changed since parts were made of it"):
         make(source, tmp_path / "P")
@@ -147,7 +148,7 @@ def test_other_input_is_refused(source: LineSource, tmp_path: Path) -> None:
 
 def test_one_shard_at_a_time(source: LineSource, tmp_path: Path) -> None:
     directory = tmp_path / "P"
-    parts_plan.agree_on_plan(directory, plan_of(source))
+    plan_agreement.agree_on_plan(directory, plan_of(source), {"": Input.of(source)})
     with contextlib.closing(sample_parts.open_locked(directory / "shard-1-of-2.lock", "other")):
         with pytest.raises(DataError, match="P, shard 1/2: another process is writing it now"):
             make(source, directory, Shard(1, 2))

@@ -148,7 +148,7 @@ def test_any_bytes_are_what_plain_python_reads_or_a_data_error(
         (b"1 5|5|6", r"line 2: the line has 2 '\|'"),
         (b"|", "line 2: the line holds no ids; every line is a sample, 'ids.labels'"),
         (b"|5", "line 2: the line holds no ids"),
-        (b"5|", "line 2: the line holds no ids"),
+        (b"5|", "line 2: the line holds no labels; every line is a sample"),
         (b"1 253 6|-100 253 6", r"line 2: holds id 253, outside the vocabulary of 253 ids \(0 to 252\)"),
         (b"1 4294967301 6|-100 -100 6", "line 2: holds id 4294967301, outside the vocabulary"),
         (b"1 5 6|-100 4294967301 6", "line 2: label 4294967301 at position 1, where the id is 5"),

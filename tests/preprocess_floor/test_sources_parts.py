@@ -23,7 +23,7 @@ from usdm_megatron.preprocess.text_lines import (
     LinePlace,
     line_parts,
     parse_id_part,
-    parse_numbers,
+    parse_label_lines,
     read_lines,
 )
 
@@ -134,6 +134,10 @@ def test_files_named_as_on_the_hub_are_splits(tmp_path: Path) -> None:
         ),
         (table([]), "x.parquet: holds no rows"),
         (pa.table({"ids": [[1]]}), "x.parquet: no column 'input_ids', only ids"),
+        (
+            pa.table([pa.array([[1, 2]])] * 2, names=["input_ids"] * 2),
+            "x.parquet: has column 'input_ids' 2 times; write it again with each of them once",
+        ),
     ],
 )
 def test_parquet_that_holds_no_rows_of_ids(
@@ -208,7 +212,7 @@ def test_numbers_as_python_reads_them(
     text = "".join(gap.join(line) + "\n" for line in words).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_lines, "_CHUNK_BYTES", chunk_bytes)
-        found = parse_numbers(text, LinePlace(Path("x"), 0), "numbers")
+        found = parse_label_lines(text, LinePlace(Path("x"), 0), "numbers")
     assert found.numbers.tolist() == [int(word) for line in words for word in line]
     assert found.lengths.tolist() == [len(line) for line in words]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,8 @@ def main(argv: Sequence[str]) -> int | None:
         grammar=flags.grammar,
         listed=flags.offences,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):  # text of any script, for a terminal of any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     if flags.json:
         print(json.dumps(report.to_record(), indent=1))
     else:

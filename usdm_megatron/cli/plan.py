@@ -157,7 +157,7 @@ def _simulate(request: PlanRequest, chosen: PlannedLayout, flags: PlanFlags) -> 
 
 def _with_values(argv: Sequence[str]) -> list[str]:
     """The command line with the values that may be left out."""
-    words = []
+    words: list[str] = []
     for position, word in enumerate(argv):
         words += _NEGATED.get(word, (word,))
         following = argv[position + 1] if position + 1 < len(argv) else "--"

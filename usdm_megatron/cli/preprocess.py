@@ -13,6 +13,7 @@ from usdm_megatron.cli.preprocess_flags import WorkFlags
 from usdm_megatron.cli.preprocess_ids import CacheFlags, PackedFlags, SamplesFlags, SftFlags
 from usdm_megatron.data.token_store import StoreSummary
 from usdm_megatron.preprocess.merge import MergeResult, merge_parts
+from usdm_megatron.preprocess.merged_samples import LISTED_REJECTIONS
 from usdm_megatron.preprocess.parts_plan import check_output_prefix, parts_directory
 
 
@@ -56,7 +57,9 @@ def main(argv: Sequence[str]) -> int | None:
         print(describe(prefix, summary))
     if result.rejected:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in result.rejected.items())
-        print(f"rejected: {sum(result.rejected.values()):,} ({counts}); {result.report} lists them")
+        total = sum(result.rejected.values())
+        listed = "them" if total <= LISTED_REJECTIONS else f"the first {LISTED_REJECTIONS:,}"
+        print(f"rejected: {total:,} ({counts}); {result.report} lists {listed}")
     return None
 
 

@@ -11,7 +11,6 @@ from usdm_megatron.cli.preprocess_flags import SampleFlags, StoreFlags
 from usdm_megatron.errors import ConfigError
 from usdm_megatron.preprocess.merge import MergeResult
 from usdm_megatron.preprocess.packing import PackingMethod
-from usdm_megatron.preprocess.parts_plan import IdRule
 from usdm_megatron.preprocess.samples import SampleSource
 from usdm_megatron.preprocess.stores import SampleOptions, StoreOptions, write_samples
 
@@ -31,12 +30,11 @@ class _CorpusFlags(SampleFlags, StoreFlags):
         command: str,
         source: SampleSource,
         tokenizer: ExtendedTokenizer,
-        id_rule: IdRule,
         recorded: Mapping[str, Any],
     ) -> MergeResult | None:
         options = StoreOptions(self.seq_length, tokenizer.vocabulary, overwrite=self.overwrite)
         samples = SampleOptions(
-            self.merge_options(), recorded, tokenizer.sha256, id_rule, input_holds_ids=False
+            self.merge_options(), recorded, tokenizer.sha256, id_rule="once", input_holds_ids=False
         )
         return write_samples(command, {"": source}, self.output_prefix, options, samples, self.work())
 
@@ -78,7 +76,7 @@ class SpeechTextFlags(_CorpusFlags):
             units_per_second=self.units_per_second,
         )
         recorded = {"epochs": self.epochs, "units_per_second": self.units_per_second}
-        return self.write("speech-text", source, tokenizer, "once", recorded)
+        return self.write("speech-text", source, tokenizer, recorded)
 
     def _corpus(self) -> Corpus:
         from usdm_megatron.corpora.speech_corpora import ManifestCorpus
@@ -114,7 +112,7 @@ class DialogFlags(_CorpusFlags):
             self.seq_length,
             self.multi_turn,
         )
-        return self.write("dialog", source, tokenizer, "together", {"multi_turn": self.multi_turn})
+        return self.write("dialog", source, tokenizer, {"multi_turn": self.multi_turn})
 
     def _corpus(self) -> DialogCorpus:
         from usdm_megatron.corpora.dialog_corpora import DailyTalkDialogs, JsonDialogs

@@ -21,6 +21,9 @@ TIME_NOISE_S = 1e-6  # what decimal times lose as floats: neither a silence nor 
 # How far units and times may disagree before they cannot be of one recording.
 _RATE_TOLERANCE = 0.1
 _RATE_SLACK_UNITS = 5
+# How much longer than the words units may last, in silence at the end, where nobody states the duration.
+_TRAILING_SILENCE_SHARE = 0.5
+_TRAILING_SILENCE_S = 2.0
 
 # Reasons, by which rejected utterances are counted.
 FEWER_THAN_3_WORDS = "fewer_than_3_words"
@@ -77,6 +80,7 @@ def align(
 
     Times become unit indices by the ratio of `unit_count` to the duration: `duration_s`, or where it is
     None `unit_count / units_per_second`, and never less than where the last word or silence ends.
+    Without `duration_s` units may outlast the words by 2 s, or half of the time that these take.
     Raises `Rejected` for what cannot be aligned. Source: naver-ai/usdm, `pre-training/stage2.py`.
     """
     _check_times(words)
@@ -85,8 +89,10 @@ def align(
         raise Rejected(FEWER_THAN_3_WORDS, f"{len(spoken)} words")
     if unit_count == 0:
         raise Rejected(UNITS_MISSING, "no units")
-    stated_s = unit_count / units_per_second if duration_s is None else duration_s
-    total_s = max(stated_s, words[-1].end_s)
+    if duration_s is None:
+        duration_s = unit_count / units_per_second
+        _check_trailing_silence(duration_s, words[-1].end_s)
+    total_s = max(duration_s, words[-1].end_s)
     _check_rate(unit_count, total_s, units_per_second)
     ratio = unit_count / total_s
     # Python's round, here and below, as the original's: half to even, and exact in decimals.
@@ -119,6 +125,14 @@ def _check_rate(unit_count: int, total_s: float, units_per_second: float) -> Non
             UNITS_DO_NOT_FIT_DURATION,
             f"{unit_count} units in {total_s:g} s, expected about {expected:.0f} "
             f"({units_per_second:g} units a second)",
+        )
+
+
+def _check_trailing_silence(units_s: float, words_s: float) -> None:
+    if units_s - words_s > max(_TRAILING_SILENCE_S, _TRAILING_SILENCE_SHARE * words_s):
+        raise Rejected(
+            UNITS_DO_NOT_FIT_DURATION,
+            f"units last {units_s:g} s, words {words_s:g} s: state the duration if the rest is silence",
         )
 
 

@@ -6,6 +6,7 @@ missing) is a `DataError` that names file and line.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from usdm_megatron.corpora.speech_corpora import UNIT_OUT_OF_RANGE, is_unicode, 
 from usdm_megatron.corpora.speech_text import SPECIAL_TOKEN_IN_TEXT
 from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess.id_samples import fitting_samples
-from usdm_megatron.preprocess.samples import Rejection, SampleBlock, utterance_hash
+from usdm_megatron.preprocess.samples import Occurrences, Rejection, SampleBlock
 from usdm_megatron.preprocess.text_lines import LinePart, input_files, line_parts, parse_json_lines
 from usdm_megatron.tokenizer.text_encoder import TextEncoder
 from usdm_megatron.vocab import Vocabulary
@@ -84,28 +85,29 @@ class DialogSource:
 
     def make(self, part: Any) -> SampleBlock:
         template = DialogTemplate(self.encoder.encode, self.vocabulary)
+        heard = list(map(self._checked, self.corpus.read(part)))
         made: list[DialogSample] = []
         dialog_of: list[Dialog] = []
-        rejections: list[Rejection] = []
-        for found in self.corpus.read(part):
-            if isinstance(found, Rejection):
-                rejections.append(found)
-                continue
-            try:
-                self._check(found.turns)
-            except Rejected as rejected:
-                rejections.append(Rejection(found.where(), rejected.reason, rejected.detail))
-                continue
-            for sample in self._samples(found, template):
-                made.append(sample)
-                dialog_of.append(found)
+        numbers: list[int] = []  # of those dialogs, counted with the rejected ones
+        for number, found in enumerate(heard):
+            if isinstance(found, Dialog):
+                for sample in self._samples(found, template):
+                    made.append(sample)
+                    dialog_of.append(found)
+                    numbers.append(number)
+        occurrences = Occurrences.of(
+            ids=[one.where if isinstance(one, Rejection) else one.id for one in heard],
+            is_rejected=[isinstance(one, Rejection) for one in heard],
+            of_sample=numbers,
+        )
         block = SampleBlock(
             tokens=_concatenated([sample.tokens for sample in made], np.int32),
             lengths=np.array([len(sample.tokens) for sample in made], dtype=np.int64),
-            utterances=np.array([utterance_hash(dialog.id) for dialog in dialog_of], dtype=np.uint64),
+            utterances=occurrences.ids[occurrences.of_sample],
             groups=np.zeros(len(made), dtype=np.int32),
             loss_mask=_concatenated([sample.loss_mask for sample in made], np.uint8),
-            rejections=tuple(rejections),
+            rejections=tuple(one for one in heard if isinstance(one, Rejection)),
+            occurrences=occurrences,
         )
 
         def place(sample: int) -> str:
@@ -113,6 +115,14 @@ class DialogSource:
             return f"{dialog_of[sample].where()}, turns {turns.start} to {turns.stop - 1}"
 
         return fitting_samples(block, self.seq_length, place)
+
+    def _checked(self, found: Dialog | Rejection) -> Dialog | Rejection:
+        if isinstance(found, Dialog):
+            try:
+                self._check(found.turns)
+            except Rejected as rejected:
+                return Rejection(found.where(), rejected.reason, rejected.detail)
+        return found
 
     def _check(self, turns: Sequence[Turn]) -> None:
         check_turns(turns, multi_turn=self.multi_turn)
@@ -164,8 +174,11 @@ def parse_dialog(record: Any, place: Callable[[], str]) -> Dialog | Rejection:
                 "speaker, text and units"
             )
     dialog_id = record.get("id")
-    if dialog_id is not None and not (type(dialog_id) in (int, str) and is_unicode(str(dialog_id))):
-        raise DataError(f"{place()}: id is {dialog_id!r:.60}; it is a string or a number, or is left out")
+    is_id = type(dialog_id) is int or (type(dialog_id) is str and dialog_id != "" and is_unicode(dialog_id))
+    if dialog_id is not None and not is_id:
+        raise DataError(
+            f"{place()}: id is {dialog_id!r:.60}; it is a string or a number, or is left out where empty"
+        )
     where = place if dialog_id is None else partial(str, dialog_id)
     try:
         turns = tuple(
@@ -281,7 +294,8 @@ def _metadata_json(path: Path) -> Iterator[DailyTalkTurn]:
 
 
 def _metadata_lines(path: Path) -> Iterator[DailyTalkTurn]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:

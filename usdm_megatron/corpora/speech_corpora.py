@@ -9,6 +9,7 @@ a `Rejection`; what is wrong with a file (no JSON, no UTF-8, no such column) is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from usdm_megatron.corpora.alignment import UNITS_MISSING, Rejected, Utterance, Word
 from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess.parquet_rows import ParquetPart, reported_as_parquet
+from usdm_megatron.preprocess.rows import refuse_repeated_columns
 from usdm_megatron.preprocess.samples import Rejection
 from usdm_megatron.preprocess.text_lines import LinePart, line_parts, natural_key, parse_json_lines
 
@@ -190,6 +192,7 @@ def _parquet_parts(path: Path) -> Iterator[ParquetPart]:
             f"{path}: no column {', '.join(missing)}, only {', '.join(file.schema_arrow.names)}; a manifest "
             f"has {', '.join(_COLUMNS)}, and perhaps {_OPTIONAL_COLUMN}"
         )
+    refuse_repeated_columns(file.schema_arrow.names, (*_COLUMNS, _OPTIONAL_COLUMN), str(path))
     if sum(group_rows) == 0:
         raise DataError(f"{path}: holds no rows; remove it from --manifest or write it again")
     first_row = 0
@@ -222,6 +225,9 @@ class _ParquetRows:
             records = batch.drop_columns(["units"]).to_pylist()
         for row, (record, unit_numbers) in enumerate(zip(records, units, strict=True)):
             record["units"] = unit_numbers
+            duration_s = record.get(_OPTIONAL_COLUMN)
+            if isinstance(duration_s, float) and math.isnan(duration_s):
+                record[_OPTIONAL_COLUMN] = None  # how pandas writes that a number is missing
             yield parse_record(record, partial("{} row {}".format, part.path, part.first_row + row))
 
     def _batch(self, part: ParquetPart) -> Any:

@@ -14,13 +14,13 @@ from usdm_megatron.corpora.interleave import Marks, Run, draw_runs, lay_out, run
 from usdm_megatron.corpora.speech_corpora import UNIT_OUT_OF_RANGE, Corpus
 from usdm_megatron.errors import ConfigError
 from usdm_megatron.preprocess.id_samples import fitting_samples
-from usdm_megatron.preprocess.samples import Rejection, SampleBlock, utterance_hash
+from usdm_megatron.preprocess.samples import Occurrences, Rejection, SampleBlock
 from usdm_megatron.tokenizer.text_encoder import TextEncoder
 from usdm_megatron.vocab import Vocabulary
 
 SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
 EPOCHS_PER_PART = 8  # bounds a part's memory, however many epochs are asked for
-_MOST_EPOCHS = 1 << 31  # groups are int32
+_MOST_EPOCHS = 1 << 16  # the parts of all are listed before the first is made
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class _Aligned:
     """An utterance ready to be drawn from; W words, N units."""
 
     id: str
-    hash: int
     words: tuple[str, ...]  # [W]
     starts: tuple[int, ...]  # [W + 1], first units, and N
     unit_ids: np.ndarray  # int32 [N], token ids
@@ -54,7 +53,7 @@ class SpeechTextSource:
     """A `SampleSource`: every utterance of `corpus` drawn `epochs` times, epochs counted from 0.
 
     A sample depends on (seed, epoch, utterance id) and the utterance alone. Parts know nothing of one
-    another, so ids that occur twice are left to who joins the parts (`SampleBlock.utterances`).
+    another, so ids that occur twice are left to who joins the parts (`SampleBlock.occurrences`).
     """
 
     corpus: Corpus
@@ -67,8 +66,8 @@ class SpeechTextSource:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 1 <= self.epochs < _MOST_EPOCHS:
-            problems.append(f"--epochs is {self.epochs}, the least is 1")
+        if not 1 <= self.epochs <= _MOST_EPOCHS:
+            problems.append(f"--epochs is {self.epochs}, the least is 1 and the most {_MOST_EPOCHS}")
         if not 0 <= self.seed < 1 << 63:
             problems.append(f"--seed is {self.seed}; it is a number from 0 to 2^63 - 1")
         if self.seq_length < 1:
@@ -96,13 +95,9 @@ class SpeechTextSource:
 
     def make(self, part: SpeechTextPart) -> SampleBlock:
         """Samples in the order of the utterances, and of each in the order of its epochs."""
-        utterances: list[_Aligned] = []
-        rejections: list[Rejection] = []
-        for found in self._aligned(part.corpus_part):
-            if isinstance(found, _Aligned):
-                utterances.append(found)
-            else:
-                rejections.append(found)
+        heard = list(self._aligned(part.corpus_part))
+        utterances = [one for one in heard if isinstance(one, _Aligned)]
+        rejections = [one for one in heard if isinstance(one, Rejection)]
         draws = [
             _Draw(
                 utterance,
@@ -113,7 +108,9 @@ class SpeechTextSource:
             for epoch in part.epochs
         ]
         # An utterance is rejected once, not once for every part that draws other epochs of it.
-        block = self._block(draws, tuple(rejections) if part.epochs[0] == 0 else ())
+        block = self._block(
+            draws, tuple(rejections) if part.epochs[0] == 0 else (), _occurrences(heard, part)
+        )
         return fitting_samples(
             block, self.seq_length, lambda at: f"{draws[at].utterance.id} (epoch {draws[at].epoch})"
         )
@@ -144,13 +141,14 @@ class SpeechTextSource:
             raise Rejected(SPECIAL_TOKEN_IN_TEXT, f"the transcript spells {token}, a token with a meaning")
         return _Aligned(
             utterance.id,
-            utterance_hash(utterance.id),
             words,
             (*(span.start_unit for span in spans), len(utterance.units)),
             utterance.units + np.int32(self.vocabulary.first_unit_id),
         )
 
-    def _block(self, draws: list[_Draw], rejections: tuple[Rejection, ...]) -> SampleBlock:
+    def _block(
+        self, draws: list[_Draw], rejections: tuple[Rejection, ...], heard: Occurrences
+    ) -> SampleBlock:
         texts = iter(
             self.encoder.encode_batch(
                 [run_text(draw.utterance.words, run) for draw in draws for run in draw.runs if run.is_text]
@@ -166,7 +164,19 @@ class SpeechTextSource:
         return SampleBlock(
             tokens=np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32),
             lengths=np.array(lengths, dtype=np.int64),
-            utterances=np.array([draw.utterance.hash for draw in draws], dtype=np.uint64),
+            utterances=heard.ids[heard.of_sample],
             groups=np.array([draw.epoch for draw in draws], dtype=np.int32),
             rejections=rejections,
+            occurrences=heard,
         )
+
+
+def _occurrences(heard: list[_Aligned | Rejection], part: SpeechTextPart) -> Occurrences:
+    """All that the part of the corpus names; samples are in the order of the utterances, epoch by epoch."""
+    is_rejected = [isinstance(one, Rejection) for one in heard]
+    return Occurrences.of(
+        ids=[one.where if isinstance(one, Rejection) else one.id for one in heard],
+        is_rejected=is_rejected,
+        of_sample=np.repeat(np.flatnonzero(~np.array(is_rejected, dtype=np.bool_)), len(part.epochs)),
+        first_epoch=part.epochs[0],
+    )

@@ -59,12 +59,13 @@ class TextGridCorpus:
 
     def files(self) -> list[tuple[str, Path]]:
         return [
-            (f"{label}/{name}{suffix}", root / f"{name}{suffix}")
+            (f"{label}/{name}{suffix}", path)
             for label, root, suffix in (
                 ("units", self.unit_root, UNIT_SUFFIX),
                 ("textgrids", self.textgrid_root, TEXTGRID_SUFFIX),
             )
             for name in sorted(_names_under(root, suffix))
+            if (path := root / f"{name}{suffix}").is_file()  # a link may lead nowhere
         ]
 
     def parts(self) -> list[tuple[str, ...]]:

@@ -221,7 +221,16 @@ def open_rows(prefixes: Sequence[str], weights: Sequence[Fraction]) -> TrainRows
     if len(stores) == 1:
         return stores[0]
     order = BlendOrder.of(weights)
-    return Blend(tuple(stores), order, order.epoch_rows([store.rows for store in stores]))
+    blend = Blend(tuple(stores), order, order.epoch_rows([store.rows for store in stores]))
+    unread = [
+        f"{share.prefix}: its weight, {share.share:.2g} of all, reads none of its {share.rows:,} rows in an "
+        f"epoch of {blend.rows:,}; raise the weight, or leave the store out"
+        for share in shares_of(blend)
+        if not share.rows_read
+    ]
+    if unread:
+        raise DataError(*unread)
+    return blend
 
 
 def _disagreements(stores: Sequence[TokenStore]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -23,9 +24,14 @@ def reported(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{error.filename or path}: cannot write ({error.strerror}); "
-            "free space, or choose another --output-prefix"
+            f"{error.filename or path}: cannot write ({error.strerror}); {_remedy(error)}"
         ) from error
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno == errno.EFBIG:
+        return "raise the limit of file sizes (ulimit -f)"
+    return "free space, or choose another --output-prefix"
 
 
 def open_locked(path: Path, what: str | Path) -> BinaryIO:

@@ -23,6 +23,8 @@ TOKEN_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")
 MASK_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("u1")}
 LENGTH_DTYPE = np.dtype("<i4")
 POINTER_DTYPE = np.dtype("<i8")
+MOST_IDS = 1 << 31  # of a vocabulary, by the widest of `TOKEN_DTYPES`
+MOST_ROW_TOKENS = (1 << 31) - 1  # by `LENGTH_DTYPE`
 PREPROCESS_HINT = "write it with `python tools/preprocess_data.py`"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from usdm_megatron.data.loss_mask import LossMask, LossMaskSummary
-from usdm_megatron.data.token_index import PREPROCESS_HINT, TOKEN_DTYPES, Index, read_index
+from usdm_megatron.data.token_index import MOST_IDS, PREPROCESS_HINT, TOKEN_DTYPES, Index, read_index
 from usdm_megatron.errors import DataError
 from usdm_megatron.vocab import Vocabulary
 
@@ -150,14 +150,26 @@ class StoreSummary:
         if values["row_capacity"] < 1 or values["rows"] < 1:
             raise ValueError("rows and row_capacity start at 1")
         values["vocabulary"] = Vocabulary.from_dict(values["vocabulary"])
+        _check_ids(values["vocabulary"])
         values["sources"] = tuple(SourceFile.from_record(source) for source in values["sources"])
         values["options"] = dict(values["options"])
         values["notices"] = dict(values["notices"])
+        for name, count in values["notices"].items():
+            if type(count) is not int:
+                raise ValueError(f"notices: {name} is {count!r}, no count")
         if (values["loss_mask"] is None) != (record["format_version"] == FORMAT_VERSION):
             raise ValueError(f"format version {record['format_version']} and loss_mask disagree")
         if values["loss_mask"] is not None:
             values["loss_mask"] = LossMaskSummary.from_record(values["loss_mask"])
         return cls(**values)
+
+
+def _check_ids(vocabulary: Vocabulary) -> None:
+    """A `ValueError` for a vocabulary that no store was written with."""
+    sizes = (vocabulary.text_size, vocabulary.unit_count)
+    special = (vocabulary.bos_id, vocabulary.eos_id)
+    if min(sizes + special) < 0 or max(special) >= vocabulary.size or vocabulary.size > MOST_IDS:
+        raise ValueError(f"vocabulary: {vocabulary.to_dict()!r:.200} has ids outside of itself or of int32")
 
 
 @dataclass(frozen=True)
@@ -314,6 +326,11 @@ def _compare_with_summary(paths: StorePaths, summary: StoreSummary, index: Index
         for name, value in found.items()
         if getattr(summary, name) != value
     ]
+    if summary.longest_row > summary.row_capacity:
+        problems.append(
+            f"{paths.json}: records longest_row {summary.longest_row}, above its row_capacity of "
+            f"{summary.row_capacity}; {PREPROCESS_HINT} again"
+        )
     if token_dtype(summary.vocabulary) != index.dtype:
         problems.append(
             f"{paths.idx}: tokens are {index.dtype.name}, but {summary.vocabulary.size} ids are stored as "

@@ -244,6 +244,7 @@ class TokenStoreWriter:
             if killed_while_renaming:
                 path.unlink(missing_ok=True)
         self._json.truncate(0)
+        refuse_foreign_json(self._prefix)
         existing = [path for path in self._files() if path.exists()]
         if existing and not self._overwrite:
             raise DataError(
@@ -279,6 +280,16 @@ class TokenStoreWriter:
             self._json.close()
 
 
+def refuse_foreign_json(prefix: str | Path) -> None:
+    """`--overwrite` replaces stores: stage 2, for one, keeps lengths where a store would keep its summary."""
+    paths = StorePaths.of(prefix)
+    if paths.json.exists() and not (paths.bin.exists() or paths.idx.exists()):
+        raise DataError(
+            f"{paths.json}: there is no {paths.bin.name} to it, so it is of no token store and not replaced; "
+            "move it away, or choose another --output-prefix"
+        )
+
+
 def check_rows(
     tokens: np.ndarray,
     row_lengths: np.ndarray,
@@ -294,7 +305,7 @@ def check_rows(
         row = int(np.argmax(row_lengths > row_capacity))
         raise DataError(
             f"{where(row)} holds {row_lengths[row]} tokens, more than --seq-length {row_capacity}; "
-            "pass a larger --seq-length or pack the rows again"
+            "pass a larger --seq-length or pack the rows again with --repack"
         )
     largest_id = largest_as_unsigned(tokens)
     if largest_id >= vocabulary.size:

@@ -25,6 +25,7 @@ from usdm_megatron.preprocess.malloc import keep_freed_memory
 from usdm_megatron.preprocess.result_memory import ResultMemory, StoredResult
 
 ExecutorKind = Literal["processes", "ray"]
+_MOST_WORKERS = 4096  # each takes address space for its results
 _IN_FLIGHT_PER_WORKER = 2  # one being done and one waiting: no worker waits for the parent
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -53,8 +54,8 @@ class Executor(Protocol):
 
 def open_executor(kind: ExecutorKind, workers: int) -> Executor:
     """The executor of `--executor` and `--workers`; a single process is this one."""
-    if workers < 1:
-        raise ConfigError(f"--workers is {workers}, the least is 1")
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise ConfigError(f"--workers is {workers}, the least is 1 and the most {_MOST_WORKERS}")
     keep_freed_memory()
     if kind == "ray":
         return RayExecutor(workers)

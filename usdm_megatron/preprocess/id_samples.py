@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -43,14 +44,16 @@ def fitting_samples(block: SampleBlock, seq_length: int, place: Callable[[int], 
         for at in np.flatnonzero(~fits)
     )
     of_token = np.repeat(fits, block.lengths)
-    return SampleBlock(
+    heard = block.occurrences
+    return replace(
+        block,
         tokens=block.tokens[of_token],
         lengths=block.lengths[fits],
         utterances=block.utterances[fits],
         groups=block.groups[fits],
         loss_mask=None if block.loss_mask is None else block.loss_mask[of_token],
         rejections=block.rejections + too_long,
-        notices=block.notices,
+        occurrences=heard and replace(heard, of_sample=heard.of_sample[fits]),
     )
 
 

@@ -7,15 +7,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from usdm_megatron.data.file_writing import check_free_space, remove_leftovers, reported, write_atomically
-from usdm_megatron.data.token_store import SourceFile, StoreSummary, TokenStore, token_dtype
-from usdm_megatron.data.token_store_writer import TokenStoreWriter
+from usdm_megatron.data.file_writing import check_free_space, reported, write_atomically
+from usdm_megatron.data.token_store import SourceFile, StorePaths, StoreSummary, TokenStore, token_dtype
+from usdm_megatron.data.token_store_writer import TokenStoreWriter, refuse_foreign_json
 from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess.executors import Executor
 from usdm_megatron.preprocess.merged_samples import MergedSamples, Rejected, in_test_split, strict_error
@@ -28,9 +28,11 @@ from usdm_megatron.preprocess.parts_plan import (
     PartsPlan,
     parts_directory,
 )
-from usdm_megatron.preprocess.sample_parts import read_source, sources_path
+from usdm_megatron.preprocess.plan_agreement import read_source, remove_parts, sources_path
+from usdm_megatron.preprocess.report import report_path, write_report
 
 _NAMED_PARTS = 10
+_NAMED_FILES = 5
 _INDEX_BYTES_PER_SAMPLE = 12
 
 
@@ -60,13 +62,33 @@ def merge_parts(
         parts = _whole_parts(plan, directory, executor)
         result = _publish(output_prefix, plan, parts, overwrite or was_publishing(output_prefix))
     if not keep_parts:
-        _remove(directory)
+        remove_parts(directory)
     return result
 
 
 def was_publishing(output_prefix: str) -> bool:
     """Whether a run was killed while it gave several stores their names: what is there of them is its own."""
     return _published_record(parts_directory(output_prefix)).get("stage") == "publishing"
+
+
+def refuse_existing(output_prefix: str, plan: PartsPlan, overwrite: bool) -> None:
+    """Say now, not after hours of work, that a store, a report or a file of another kind is there already."""
+    prefixes = [store_prefix(output_prefix, name) for name in plan.store_names]
+    if overwrite or was_publishing(output_prefix):
+        for prefix in prefixes:
+            refuse_foreign_json(prefix)
+        return
+    report = report_path(output_prefix, plan)
+    existing = [prefix for prefix in prefixes if StorePaths.of(prefix).json.exists()]
+    reports = [str(report)] if report is not None and report.exists() else []
+    if existing or reports:
+        raise exists_already(existing or reports)
+
+
+def exists_already(what: Sequence[str]) -> DataError:
+    return DataError(
+        f"{', '.join(what)} exists already; pass --overwrite to replace it or choose another --output-prefix"
+    )
 
 
 def store_prefix(output_prefix: str, name: str) -> str:
@@ -88,7 +110,7 @@ def published_result(output_prefix: str, plan: PartsPlan) -> MergeResult | None:
         if opened.identity != identity:
             return None
         summaries[prefix] = opened.summary
-    return MergeResult(summaries, dict(record["rejected"]), _report_path(output_prefix, plan))
+    return MergeResult(summaries, dict(record["rejected"]), report_path(output_prefix, plan))
 
 
 def finished_result(output_prefix: str, plan: PartsPlan | None = None) -> MergeResult | None:
@@ -189,14 +211,19 @@ def _row_store(name: str, parts: Sequence[Part]) -> _Store:
 
 
 def _sample_stores(
-    name: str, parts: list[Part], plan: PartsPlan, options: MergeOptions, rejected: Rejected
+    name: str,
+    parts: list[Part],
+    plan: PartsPlan,
+    options: MergeOptions,
+    rejected: Rejected,
+    sources: Sequence[SourceFile],
 ) -> list[_Store]:
     samples = MergedSamples.of(parts)
     kept = samples.without_duplicates(plan.id_rule, rejected)
     if options.strict and rejected.listed:
         raise strict_error(rejected.listed, rejected.by_reason.total())
     if not len(kept):
-        raise DataError("the input gives no sample", *rejected.named())
+        raise _no_sample(sources, rejected)
     chosen = {name: kept}
     if options.split is not None:
         is_test = in_test_split(samples.utterances[kept], options.split[1], options.seed)
@@ -212,6 +239,16 @@ def _sample_stores(
         )
         for split, indices in chosen.items()
     ]
+
+
+def _no_sample(sources: Sequence[SourceFile], rejected: Rejected) -> DataError:
+    more = f" and {len(sources) - _NAMED_FILES} more" if len(sources) > _NAMED_FILES else ""
+    remedy = "mend what was rejected" if rejected.listed else "write it again"
+    return DataError(
+        f"{', '.join(source.name for source in sources[:_NAMED_FILES])}{more}: gives no sample, and an empty "
+        f"store cannot be trained on; {remedy}",
+        *rejected.named(),
+    )
 
 
 def _packer(
@@ -231,21 +268,22 @@ def _packer(
 def _publish(
     output_prefix: str, plan: PartsPlan, parts: dict[str, list[Part]], overwrite: bool
 ) -> MergeResult:
+    report = report_path(output_prefix, plan)
+    if report is not None and report.exists() and not overwrite:
+        raise exists_already([str(report)])
     rejected = Rejected()
+    sources = _sources(plan, parts_directory(output_prefix))
     stores: list[_Store] = []
     for name, some in parts.items():
         if plan.merge is None:
             stores.append(_row_store(name, some))
         else:
             rejected.add_parts(some)
-            stores += _sample_stores(name, some, plan, plan.merge, rejected)
+            stores += _sample_stores(name, some, plan, plan.merge, rejected, sources[name])
     _check_space(output_prefix, plan, stores)
-    summaries = _write(output_prefix, plan, parts, stores, overwrite, rejected)
-    report = _report_path(output_prefix, plan)
+    summaries = _write(output_prefix, plan, parts, stores, overwrite, rejected, sources)
     if report is not None:
-        with reported(report):
-            remove_leftovers(report.parent, {report.name})
-            write_atomically(report, _report_json(plan, summaries, rejected))
+        write_report(report, plan, summaries, rejected)
     _record_stage(output_prefix, plan, "published", summaries, rejected)
     return MergeResult(
         {store_prefix(output_prefix, name): summary for name, summary in summaries.items()},
@@ -261,9 +299,9 @@ def _write(
     stores: list[_Store],
     overwrite: bool,
     rejected: Rejected,
+    sources: Mapping[str, list[SourceFile]],
 ) -> dict[str, StoreSummary]:
     """Write all stores, then publish them; their summaries by name."""
-    sources = _sources(plan, parts_directory(output_prefix))
     summaries = {}
     with ExitStack() as stack:
         writers = [
@@ -316,28 +354,6 @@ def _check_space(output_prefix: str, plan: PartsPlan, stores: Sequence[_Store]) 
     check_free_space(parts_directory(output_prefix).parent, needed, "the store")
 
 
-def _report_path(output_prefix: str, plan: PartsPlan) -> Path | None:
-    return None if plan.merge is None else Path(f"{output_prefix}_report.json")
-
-
-def _report_json(plan: PartsPlan, summaries: Mapping[str, StoreSummary], rejected: Rejected) -> bytes:
-    record = {
-        "options": plan.store_options,
-        "stores": {
-            name: {
-                "rows": summary.rows,
-                "samples": summary.samples,
-                "tokens": summary.tokens,
-                "fill": summary.fill,
-            }
-            for name, summary in summaries.items()
-        },
-        "rejected": {"total": rejected.by_reason.total(), "by_reason": dict(rejected.by_reason)},
-        "listed": [asdict(one) for one in rejected.listed],  # the first LISTED_REJECTIONS
-    }
-    return json.dumps(record, indent=1).encode() + b"\n"
-
-
 # --- what a killed run left
 
 
@@ -361,15 +377,3 @@ def _published_record(directory: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _remove(directory: Path) -> None:
-    """Remove the parts; the record that all is published goes last: a rerun then has nothing to do."""
-    last = [directory / PLAN_NAME, directory / PUBLISHED_NAME]
-    with reported(directory):
-        for path in sorted(directory.iterdir()):
-            if path not in last:
-                path.unlink()
-        for path in last:
-            path.unlink(missing_ok=True)
-        directory.rmdir()

@@ -2,8 +2,9 @@
 
     n = samples      T = tokens
 
-Only lengths, groups and places are held in memory (28 bytes a sample, and what packing takes); tokens go
-from the memory-mapped parts into the store in blocks of bounded size.
+Only lengths, groups and places are held in memory (28 bytes a sample, and what packing takes, or before it
+what finding duplicates takes); tokens go from the memory-mapped parts into the store in blocks of bounded
+size.
 """
 
 from __future__ import annotations
@@ -56,26 +57,33 @@ class MergedSamples:
         return any("loss_mask" in part.arrays for part in self.parts)
 
     def without_duplicates(self, rule: IdRule, rejected: Rejected) -> np.ndarray:
-        """int64 indices of the samples whose id came as `rule` says; counts the others."""
+        """int64 indices of the samples whose utterance is the first of its id; counts other utterances."""
         if rule == "any" or not len(self.lengths):
             return np.arange(len(self.lengths))
-        heads = np.arange(len(self.lengths))
-        if rule == "together":
-            heads = np.flatnonzero(np.diff(self.utterances, prepend=~self.utterances[:1]))
-        is_first = first_of_each(self.utterances[heads], self.groups[heads])
-        is_kept = np.repeat(is_first, np.diff(heads, append=len(self.lengths)))
-        again = np.flatnonzero(~is_kept)
-        rejected.add({DUPLICATE: len(again)} if len(again) else {}, map(self._duplicate, again.tolist()))
-        return np.flatnonzero(is_kept)
-
-    def _duplicate(self, index: int) -> Rejection:
-        part = self.part_of_sample[index]
-        within = index - int(np.searchsorted(self.part_of_sample, part))
-        return Rejection(
-            f"{self.parts[part].files.bin.name} sample {within}",
-            DUPLICATE,
-            f"id hash {self.utterances[index]:016x}, epoch {self.groups[index]}; the first one is kept",
+        epochs = self._joined("id_epochs")
+        is_first = first_of_each(self._joined("ids"), epochs)
+        # Epochs that other parts draw repeat what those of the first say; who was rejected has a reason.
+        again = np.flatnonzero(~is_first & (epochs == 0) & (self._joined("is_rejected") == 0))
+        ends = np.cumsum([len(part.arrays["ids"]) for part in self.parts])
+        rejected.add(
+            {DUPLICATE: len(again)} if len(again) else {},
+            (self._duplicate(index, ends) for index in again.tolist()),
         )
+        before = np.concatenate([[0], ends[:-1]])
+        return np.flatnonzero(is_first[before[self.part_of_sample] + self._joined("occurrences")])
+
+    def _joined(self, name: str) -> np.ndarray:
+        return np.concatenate([part.arrays[name] for part in self.parts])
+
+    def _duplicate(self, index: int, ends: np.ndarray) -> Rejection:
+        """Of the utterance `index`, counted over all parts; `ends` `[parts]` says how many each part ends."""
+        number = int(np.searchsorted(ends, index, side="right"))
+        arrays = self.parts[number].arrays
+        within = index - int(ends[number])  # from the end of the part
+        name_ends = arrays["name_ends"]
+        begin = int(name_ends[within - 1]) if -within < len(name_ends) else 0
+        name = arrays["names"][begin : int(name_ends[within])].tobytes().decode("utf-8", "surrogateescape")
+        return Rejection(name, DUPLICATE, "the id comes again; the first utterance of an id is the one read")
 
     def append_rows(self, writer: TokenStoreWriter, packing: Packing) -> None:
         """Append the rows of `packing`, whose `order` counts samples of all parts."""

@@ -22,9 +22,13 @@ from usdm_megatron.data.file_writing import reported, write_atomically
 from usdm_megatron.errors import DataError
 from usdm_megatron.file_reading import file_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ALIGNMENT_BYTES = 64
 _DTYPES = {dtype.str: dtype for dtype in map(np.dtype, ("<u2", "<i4", "|u1", "<u8", "<i8"))}
+
+
+class StaleParts(DataError):
+    """Parts on disk are of other options or of other input than this run's."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def write_part(
 def open_part(files: PartFiles, plan_id: str) -> Part | None:
     """Part of the plan `plan_id`, mapped but unread; None if it is not there or not of the right size.
 
-    A `DataError` if another plan made it: its samples must not be mixed with ours.
+    A `StaleParts` if another plan made it: its samples must not be mixed with ours.
     """
     try:
         record = json.loads(files.json.read_bytes())
@@ -107,8 +111,8 @@ def open_part(files: PartFiles, plan_id: str) -> Part | None:
         return None
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None  # damaged: made again
-    raise DataError(
-        f"{files.json}: was made with other options or from other input; "
+    raise StaleParts(
+        f"{files.json}: was made with other options or from other input, or by another version; "
         f"remove {files.directory} or choose another --output-prefix"
     )
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from usdm_megatron.data.file_writing import reported, write_atomically
+from usdm_megatron.data.file_writing import reported
 from usdm_megatron.errors import ConfigError, DataError
 from usdm_megatron.preprocess.packing import PackingMethod
 from usdm_megatron.preprocess.rows import RowSource
@@ -25,9 +26,10 @@ from usdm_megatron.vocab import Vocabulary
 FORMAT_VERSION = 1
 PLAN_NAME = "plan.json"
 PUBLISHED_NAME = "published"
-# How often an id may come: once an epoch (utterances), in samples that follow one another (dialogs), or as
-# often as it likes (ids that are made from the content).
-IdRule = Literal["once", "together", "any"]
+# How often an id may come: once (utterances, dialogs), or as often as it likes (ids that are made from the
+# content).
+IdRule = Literal["once", "any"]
+_LONGEST_NAME = 200  # `_report.json.{32 digits}.tmp` and `_train_loss_mask.targets.tmp` come behind it
 SINGLE_FILES = 1000
 FILES_TOGETHER = 4096
 
@@ -204,61 +206,22 @@ def parts_directory(output_prefix: str) -> Path:
 
 def check_output_prefix(output_prefix: str) -> None:
     """Say before hours of reading that nothing can be written there: a file where a directory should be."""
+    what = "the prefix is a directory and the beginning of a file name: out/corpus"
+    name = os.path.basename(output_prefix)
+    if name in ("", ".", ".."):
+        raise ConfigError(f"--output-prefix is {output_prefix!r}, which begins no file name; {what}")
+    if (length := len(os.fsencode(name))) > _LONGEST_NAME:
+        raise ConfigError(
+            f"--output-prefix ends with a name of {length} bytes, the most is {_LONGEST_NAME}: more comes "
+            "behind it, and a file name has at most 255"
+        )
     parent = Path(output_prefix).parent
-    for path in (parent, *parent.parents):
-        if path.is_dir():
-            return
-        if path.exists():
-            raise DataError(
-                f"--output-prefix is {output_prefix}, but {path} is a file; the prefix is a directory and "
-                "the beginning of a file name: out/corpus"
-            )
-
-
-def agree_on_plan(directory: Path, plan: PartsPlan) -> None:
-    """Write the plan, or compare it with the one of an earlier run or another shard.
-
-    A `DataError` names every field that differs: parts of different plans must not be mixed.
-    """
-    path = directory / PLAN_NAME
-    with reported(path):
-        directory.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            write_atomically(path, plan.to_json())
-            return
-    there = PartsPlan.read(directory)
-    if there.id == plan.id:
-        return
-    changes = [
-        f"{name} was {_brief(before)}, is {_brief(now)}"
-        for name, (before, now) in _differences(there, plan).items()
-    ]
-    raise DataError(
-        f"{directory}: its parts were made with other options or from other input: {'; '.join(changes)}. "
-        "Use the same ones to go on, or remove the directory, or choose another --output-prefix"
-    )
-
-
-def _differences(before: PartsPlan, now: PartsPlan) -> dict[str, tuple[Any, Any]]:
-    flat = [_flattened(json.loads(plan.to_json())) for plan in (before, now)]
-    names = sorted(flat[0].keys() | flat[1].keys())
-    return {
-        name: (flat[0].get(name), flat[1].get(name))
-        for name in names
-        if flat[0].get(name) != flat[1].get(name)
-    }
-
-
-def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in record.items():
-        flat |= _flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:36]}…{text[-1]}"
+    with reported(parent):  # a name that is too long, a directory that may not be looked into
+        for path in (parent, *parent.parents):
+            if path.is_dir():
+                return
+            if path.exists():
+                raise DataError(f"--output-prefix is {output_prefix}, but {path} is a file; {what}")
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:

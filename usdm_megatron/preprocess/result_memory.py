@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import reduction
+from pathlib import Path
 from typing import Any
+
+from usdm_megatron.data.file_writing import reported
 
 SLOT_BYTES = 64 << 20  # of address space: memory is taken where something is written
 _ALIGNMENT_BYTES = 64
@@ -95,5 +98,10 @@ def _nameless_file(size_bytes: int) -> int:
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
-    os.truncate(descriptor, size_bytes)
+    try:
+        with reported(Path("the memory that workers share")):
+            os.truncate(descriptor, size_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor

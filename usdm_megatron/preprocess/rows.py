@@ -67,6 +67,13 @@ def no_rows_message(name: str) -> str:
     return f"{name}: holds no rows, and an empty store cannot be trained on; fill the split or leave it out"
 
 
+def refuse_repeated_columns(found: Sequence[str], wanted: Sequence[str], name: str) -> None:
+    """Parquet allows several columns of one name; which one is meant nobody can say."""
+    repeated = [f"{one!r} {found.count(one)} times" for one in wanted if found.count(one) > 1]
+    if repeated:
+        raise DataError(f"{name}: has column {', '.join(repeated)}; write it again with each of them once")
+
+
 def check_id_column(schema: pyarrow.Schema, row_count: int, name: str) -> None:
     """Raise a `DataError` unless a table has rows, and lists of integers in the column `input_ids`."""
     import pyarrow.types as is_type
@@ -76,6 +83,7 @@ def check_id_column(schema: pyarrow.Schema, row_count: int, name: str) -> None:
             f"{name}: no column {ID_COLUMN!r}, only {', '.join(schema.names) or 'none'}; "
             "save the packed rows as lists of ids in that column"
         )
+    refuse_repeated_columns(schema.names, [ID_COLUMN], name)
     if row_count == 0:
         raise DataError(no_rows_message(name))
     kind = schema.field(ID_COLUMN).type

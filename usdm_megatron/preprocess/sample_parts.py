@@ -15,16 +15,16 @@ import numpy as np
 from usdm_megatron.data.file_writing import open_locked, remove_leftovers, reported, write_atomically
 from usdm_megatron.data.loss_mask import without_first_tokens
 from usdm_megatron.data.token_index import LENGTH_DTYPE
-from usdm_megatron.data.token_store import SourceFile, token_dtype
+from usdm_megatron.data.token_store import token_dtype
 from usdm_megatron.data.token_store_writer import check_rows
-from usdm_megatron.errors import DataError
 from usdm_megatron.preprocess.executors import Executor
 from usdm_megatron.preprocess.merged_samples import LISTED_REJECTIONS, strict_error
 from usdm_megatron.preprocess.part_files import PartFiles, open_part, write_part
-from usdm_megatron.preprocess.parts_plan import Input, PartsPlan, Shard, agree_on_plan
+from usdm_megatron.preprocess.parts_plan import Input, PartsPlan, Shard
+from usdm_megatron.preprocess.plan_agreement import agree_on_plan, edited_input, read_source, sources_path
 from usdm_megatron.preprocess.row_parts import RowCutter
 from usdm_megatron.preprocess.rows import RowSource
-from usdm_megatron.preprocess.samples import SampleBlock, SampleSource
+from usdm_megatron.preprocess.samples import Occurrences, SampleBlock, SampleSource
 from usdm_megatron.preprocess.source_hashes import hash_files
 
 ROWS_WITHOUT_BOS = "rows_without_leading_bos"
@@ -44,9 +44,9 @@ def make_parts(
     """Make the parts of `shard` that are not there and whole; `inputs` by store, as in the plan.
 
     Parts are pure functions of input and options: a killed run is continued by the same command. Raises
-    `DataError` for bad input, and where the directory holds parts of another plan or of changed input.
+    `DataError` for bad input, `StaleParts` where parts of another plan or of changed input are there.
     """
-    agree_on_plan(directory, plan)
+    agree_on_plan(directory, plan, inputs)
     lock = directory / f"shard-{shard.index}-of-{shard.count}.lock"
     with reported(lock):
         lock_file = open_locked(lock, f"{directory}, shard {shard.index}/{shard.count}")
@@ -139,6 +139,8 @@ def _sample_content(block: SampleBlock, plan: PartsPlan) -> _Content:
     }
     if block.loss_mask is not None:
         arrays["loss_mask"] = without_first_tokens(block.loss_mask, block.lengths)
+    if block.occurrences is not None:
+        arrays |= _occurrence_arrays(block.occurrences)
     facts = {
         "notices": dict(block.notices),
         "rejected": dict(Counter(rejection.reason for rejection in block.rejections)),
@@ -147,11 +149,25 @@ def _sample_content(block: SampleBlock, plan: PartsPlan) -> _Content:
     return _Content(arrays, facts)
 
 
+def _occurrence_arrays(heard: Occurrences) -> dict[str, np.ndarray]:
+    names = [name.encode("utf-8", "surrogateescape") for name in heard.names]
+    return {
+        "occurrences": heard.of_sample.astype("<i4"),
+        "ids": heard.ids.astype("<u8"),
+        "id_epochs": heard.epochs.astype("<i4"),
+        "is_rejected": heard.is_rejected.astype("|u1"),
+        "names": np.frombuffer(b"".join(names), dtype="|u1"),
+        "name_ends": np.cumsum([len(name) for name in names], dtype="<i8"),
+    }
+
+
 def _check_block(block: SampleBlock, plan: PartsPlan) -> None:
     """What a source promises; bad input it has named itself, so anything here is a bug of ours."""
     samples, tokens = len(block.lengths), len(block.tokens)
     if {samples} != {len(block.utterances), len(block.groups)} or int(block.lengths.sum()) != tokens:
         raise ValueError("lengths, utterances, groups and tokens of a block do not agree")
+    if plan.id_rule == "once" and (block.occurrences is None or len(block.occurrences.of_sample) != samples):
+        raise ValueError("a block whose ids come once says which utterance every sample is of")
     if block.loss_mask is not None and len(block.loss_mask) != tokens:
         raise ValueError("a loss mask has a value for every token")
     if samples and not 1 <= int(block.lengths.min()) <= int(block.lengths.max()) <= plan.seq_length:
@@ -172,10 +188,6 @@ class _FileTask:
 
     def paths(self, directory: Path) -> tuple[Path, ...]:
         return (sources_path(directory, self.number),)
-
-
-def sources_path(directory: Path, number: int) -> Path:
-    return directory / f"sources-{number:05d}.json"
 
 
 def _file_tasks(inputs: Mapping[str, Input], plan: PartsPlan) -> Iterator[_FileTask]:
@@ -199,21 +211,7 @@ class _FileHasher:
         if path.is_file():
             before = read_source(path, self.plan_id)
             if asdict(before) != {name: record[name] for name in asdict(before)}:
-                raise DataError(
-                    f"{before.name}: changed since parts were made of it; remove {self.directory} to make "
-                    "them again, or choose another --output-prefix"
-                )
+                raise edited_input(before.name, self.directory)
             return
         with reported(path):
             write_atomically(path, json.dumps(record, indent=1).encode())
-
-
-def read_source(path: Path, plan_id: str) -> SourceFile:
-    """A record of input files; `DataError` if it is damaged or of another plan."""
-    try:
-        record = json.loads(path.read_bytes())
-        if record.pop("plan") == plan_id:
-            return SourceFile.from_record(record)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    raise DataError(f"{path}: damaged, or of other options; remove it and make the parts again")

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+_NAME_CHARACTERS = 80  # a dialog without an id is known by its content
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -25,11 +27,42 @@ class Rejection:
 
 
 @dataclass(frozen=True)
+class Occurrences:
+    """Utterances (or dialogs) in the order in which a part of the input names them: m of them.
+
+    The rejected ones too: of several with one id the first is read, whatever became of it.
+    """
+
+    ids: np.ndarray  # uint64 [m], `utterance_hash`
+    names: tuple[str, ...]  # [m], the id as a message shows it
+    is_rejected: np.ndarray  # bool [m]; has a `Rejection` of its own
+    epochs: np.ndarray  # int32 [m], the first that the part draws of it
+    of_sample: np.ndarray  # int32 [n], which one each sample of the block is of
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[str],
+        is_rejected: Sequence[bool],
+        of_sample: Sequence[int] | np.ndarray,
+        first_epoch: int = 0,
+    ) -> Occurrences:
+        return cls(
+            ids=np.array([utterance_hash(one) for one in ids], dtype=np.uint64),
+            names=tuple(one if len(one) <= _NAME_CHARACTERS else f"{one[:_NAME_CHARACTERS]}…" for one in ids),
+            is_rejected=np.array(is_rejected, dtype=np.bool_),
+            epochs=np.full(len(ids), first_epoch, dtype=np.int32),
+            of_sample=np.array(of_sample, dtype=np.int32),
+        )
+
+
+@dataclass(frozen=True)
 class SampleBlock:
     """Consecutive samples, laid end to end: T tokens, n samples.
 
     `groups` says which samples may share a packed row: an utterance occurs at most once in a group
-    (its epoch). `utterances` says what a validation split keeps together.
+    (its epoch). `utterances` says what a validation split keeps together. `occurrences` is None where ids
+    are made from the content: then an id may come as often as it likes.
     """
 
     tokens: np.ndarray  # int32 [T]
@@ -39,6 +72,7 @@ class SampleBlock:
     loss_mask: np.ndarray | None = None  # uint8 [T], 1 where the token is a target; None: all are
     rejections: tuple[Rejection, ...] = ()
     notices: dict[str, int] = field(default_factory=dict)  # counted oddities that were accepted
+    occurrences: Occurrences | None = None
 
 
 class SampleSource(Protocol):
@@ -59,4 +93,6 @@ class SampleSource(Protocol):
 
 def utterance_hash(utterance_id: str) -> int:
     """A number for an utterance id that is the same on every machine (blake2b, 64 bits)."""
-    return int.from_bytes(hashlib.blake2b(utterance_id.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(utterance_id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
+    )

@@ -23,7 +23,7 @@ from usdm_megatron.preprocess.text_lines import (
     input_files,
     line_parts,
     parse_id_lines,
-    parse_numbers,
+    parse_label_lines,
     read_lines,
     word_around,
 )
@@ -101,7 +101,7 @@ def _parse_labels(text: bytes, place: LinePlace) -> NumberLines:
     if at is not None:
         line = place(text.count(b"\n", 0, at))
         raise DataError(f"{line}: {word_around(text, at)!r} is no label; labels are ids and -100")
-    return parse_numbers(text, place, "a sample, 'ids|labels'")
+    return parse_label_lines(text, place, "a sample, 'ids|labels'")
 
 
 def _misplaced_minus(characters: np.ndarray) -> int | None:

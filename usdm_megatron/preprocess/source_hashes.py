@@ -37,10 +37,15 @@ def hash_files(files: Sequence[tuple[str, Path]]) -> SourceFile:
         return SourceFile.with_xxh128(*hashes[0])
     listing = "".join(f"{digest}  {name}\n" for name, _, digest in hashes)
     return SourceFile.with_xxh128(
-        f"{hashes[0][0]} … {hashes[-1][0]} ({len(hashes)} files)",
+        group_name(files),
         sum(size for _, size, _ in hashes),
         xxhash.xxh3_128_hexdigest(listing.encode("utf-8", "surrogateescape")),
     )
+
+
+def group_name(files: Sequence[tuple[str, Path]]) -> str:
+    """What `hash_files` calls files that are recorded as one."""
+    return files[0][0] if len(files) == 1 else f"{files[0][0]} … {files[-1][0]} ({len(files)} files)"
 
 
 class SourceHasher:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from usdm_megatron.data.file_writing import check_free_space
-from usdm_megatron.data.token_store import StorePaths, StoreSummary
+from usdm_megatron.data.token_index import MOST_IDS, MOST_ROW_TOKENS
+from usdm_megatron.data.token_store import StoreSummary
 from usdm_megatron.data.token_store_writer import TokenStoreWriter
 from usdm_megatron.errors import ConfigError, DataError
 from usdm_megatron.preprocess.executors import Executor, SerialExecutor
@@ -22,9 +23,10 @@ from usdm_megatron.preprocess.merge import (
     finished_result,
     merge_parts,
     published_result,
+    refuse_existing,
     store_prefix,
-    was_publishing,
 )
+from usdm_megatron.preprocess.part_files import StaleParts
 from usdm_megatron.preprocess.parts_plan import (
     IdRule,
     Input,
@@ -34,6 +36,7 @@ from usdm_megatron.preprocess.parts_plan import (
     StorePlan,
     parts_directory,
 )
+from usdm_megatron.preprocess.plan_agreement import EditedInput, discard_parts, holds_no_part
 from usdm_megatron.preprocess.row_parts import RowCutter
 from usdm_megatron.preprocess.row_sources import PackedTextSource, open_cache
 from usdm_megatron.preprocess.rows import RowSource
@@ -58,8 +61,18 @@ class StoreOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.seq_length < 1:
-            raise ConfigError(f"--seq-length is {self.seq_length}, the least is 1")
+        problems = []
+        if not 1 <= self.seq_length <= MOST_ROW_TOKENS:
+            problems.append(
+                f"--seq-length is {self.seq_length}, the least is 1 and the most {MOST_ROW_TOKENS} (int32)"
+            )
+        if self.vocabulary.size > MOST_IDS:
+            problems.append(
+                f"the vocabulary has {self.vocabulary.size} ids, the most is {MOST_IDS} (int32); "
+                "pass a smaller --text-vocab-size, or the tokenizer that made the ids"
+            )
+        if problems:
+            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True)
@@ -210,25 +223,34 @@ def _through_parts(
             and (done := finished_result(output_prefix, plan))
         ):
             return done  # merged already; a task that its cluster starts again
-        _refuse_existing(output_prefix, plan, options.overwrite)
-        directory = parts_directory(output_prefix)
-        make_parts(inputs, plan, directory, work.executor, work.shard or Shard(), work.progress)
+        refuse_existing(output_prefix, plan, options.overwrite)
+        _make_parts(inputs, plan, parts_directory(output_prefix), options, work)
     if work.shard is not None:
         return None
     return merge_parts(output_prefix, work.executor, overwrite=options.overwrite, keep_parts=work.keep_parts)
 
 
-def _refuse_existing(output_prefix: str, plan: PartsPlan, overwrite: bool) -> None:
-    """Say now, not after hours of work, that a store is there already."""
-    if overwrite or was_publishing(output_prefix):
-        return
-    prefixes = [store_prefix(output_prefix, name) for name in plan.store_names]
-    existing = [prefix for prefix in prefixes if StorePaths.of(prefix).json.exists()]
-    if existing:
-        raise DataError(
-            f"{', '.join(existing)} exists already; pass --overwrite to replace it or choose another "
-            "--output-prefix"
-        )
+def _make_parts(
+    inputs: Mapping[str, Input],
+    plan: PartsPlan,
+    directory: Path,
+    options: StoreOptions,
+    work: WorkOptions,
+) -> None:
+    """`make_parts`, in place of stale ones that are of no use, or that the user gives up by --overwrite."""
+
+    def make() -> None:
+        make_parts(inputs, plan, directory, work.executor, work.shard or Shard(), work.progress)
+
+    try:
+        make()
+    except StaleParts as stale:
+        # A shard cannot tell the parts of an old run from those that the other shards are making now.
+        useless = options.overwrite or isinstance(stale, EditedInput) or holds_no_part(directory)
+        if work.shard is not None or not useless:
+            raise
+        discard_parts(directory)
+        make()
 
 
 def _check_input_space(output_prefix: str, plan: PartsPlan, copies: int) -> None:

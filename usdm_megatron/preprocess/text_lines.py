@@ -6,6 +6,7 @@ message needs to say so.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import re
@@ -158,25 +159,27 @@ def parse_id_lines(text: bytes, place: LinePlace, holds: str) -> NumberLines:
     Numbers are uint16, int32 or int64, as they need; beyond int64 they saturate, and are then outside of
     any vocabulary. Raises `DataError` for anything but digits and white space, and for a line without ids.
     """
-    return _parse(_chunks(text), lambda: text, place, holds, _WHITE_SPACE)
+    return _parse(_chunks(text), lambda: text, place, f"ids; every line is {holds}", _WHITE_SPACE)
 
 
-def parse_numbers(text: bytes, place: LinePlace, holds: str) -> NumberLines:
-    """The same with a `-` before some of the numbers, which are int64."""
-    return _parse(_chunks(text), lambda: text, place, holds, _WHITE_SPACE + b"-")
+def parse_label_lines(text: bytes, place: LinePlace, holds: str) -> NumberLines:
+    """The same of labels, int64, with a `-` before some of them."""
+    return _parse(_chunks(text), lambda: text, place, f"labels; every line is {holds}", _WHITE_SPACE + b"-")
 
 
 def parse_id_part(part: LinePart, holds: str) -> NumberLines:
     """`parse_id_lines` of a part, whose text is never in memory as a whole."""
     place = LinePlace(part.path, part.start)
-    return _parse(_chunks_of_file(part), lambda: read_lines(part), place, holds, _WHITE_SPACE)
+    return _parse(
+        _chunks_of_file(part), lambda: read_lines(part), place, f"ids; every line is {holds}", _WHITE_SPACE
+    )
 
 
 def _parse(
     chunks: Iterator[np.ndarray],
     whole_text: Callable[[], bytes],
     place: LinePlace,
-    holds: str,
+    lacks: str,
     separators: bytes,
 ) -> NumberLines:
     numbers, line_ends = [], []
@@ -190,9 +193,7 @@ def _parse(
         count += len(chunk.numbers)
     lines = NumberLines(np.concatenate(numbers), np.diff(np.concatenate(line_ends), prepend=0))
     if int(lines.lengths.min()) == 0:
-        raise DataError(
-            f"{place(int(lines.lengths.argmin()))}: the line holds no ids; every line is {holds}: remove it"
-        )
+        raise DataError(f"{place(int(lines.lengths.argmin()))}: the line holds no {lacks}: remove it")
     return lines
 
 
@@ -337,7 +338,10 @@ def parse_json_lines(
     """
     place = LinePlace(part.path, part.start)
     problems: list[str] = []
-    for number, line in enumerate(read_lines(part).split(LINE_END)):
+    text = read_lines(part)
+    if part.start == 0:
+        text = text.removeprefix(codecs.BOM_UTF8)  # as Windows begins a file that is UTF-8
+    for number, line in enumerate(text.split(LINE_END)):
         if not line.strip():
             continue
         try:

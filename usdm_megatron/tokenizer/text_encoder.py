@@ -58,10 +58,16 @@ def extended_tokenizer(directory: Path) -> ExtendedTokenizer:
         bos_id=found.bos_id,
         eos_id=found.eos_id,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        # The longest length stands in tokenizer_config.json, which is not hashed.
-        extend_tokenizer(directory, Path(scratch), vocabulary, model_max_length=1)
-        return ExtendedTokenizer(vocabulary, tokenizer_sha256(Path(scratch)))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            # The longest length stands in tokenizer_config.json, which is not hashed.
+            extend_tokenizer(directory, Path(scratch), vocabulary, model_max_length=1)
+            return ExtendedTokenizer(vocabulary, tokenizer_sha256(Path(scratch)))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or tempfile.gettempdir()}: cannot write the extended tokenizer "
+            f"({error.strerror}); free space there, set TMPDIR, or raise the limit of file sizes (ulimit -f)"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,9 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> list[str]:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         problems.append(f"config.json: hidden_act = {activation!r} is not supported; only 'silu' is")
+    tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):  # "false" would be true
+        problems.append(f"config.json: tie_word_embeddings = {tied!r} must be true or false")
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
             problems.append(f"config.json: {name} = true is not supported; only models without biases are")

@@ -4,35 +4,69 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from usdm_megatron.errors import ConversionError
 
 _BLOCK_BYTES = 1 << 20
-_MOST_JSON_BYTES = 256 << 20  # the largest tokenizers take 40 MB; parsing takes ten times the size
+_MOST_JSON_BYTES = 64 << 20  # the largest tokenizers take 40 MB; parsing takes up to 25 times the size
+_MOST_NESTING = 100  # Python writes JSON recursively
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped: half a character, unless both halves are there
 
 
-def file_sha256(path: Path, stopped: threading.Event | None = None) -> str:
-    """sha256 of a file's bytes, in hex; gives up (with a partial hash) once `stopped` is set."""
+def file_sha256(
+    path: Path, stopped: threading.Event | None = None, on_bytes: Callable[[int], None] = lambda _: None
+) -> str:
+    """sha256 of a file's bytes, in hex; gives up (with a partial hash) once `stopped` is set.
+
+    `on_bytes(n)` is called with every n bytes that were read.
+    """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while not (stopped and stopped.is_set()) and (block := file.read(_BLOCK_BYTES)):
             digest.update(block)
+            on_bytes(len(block))
     return digest.hexdigest()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises `ConversionError` when it does not."""
+    """A JSON file that holds an object, which can be written again; raises `ConversionError` otherwise."""
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ConversionError(f"{path} is larger than {_MOST_JSON_BYTES >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > _MOST_JSON_BYTES:
+            raise ConversionError(
+                f"{path} holds {size:,} bytes; at most {_MOST_JSON_BYTES >> 20} MiB of JSON are read"
+            )
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} must hold a JSON object")
+    if _is_nested_deeper(content, _MOST_NESTING):
+        raise ConversionError(f"{path} is nested more than {_MOST_NESTING} deep: it was not made for this")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConversionError(
+                f"{path} holds half a character, \\u{ord(error.object[error.start]):04x}, which no text file "
+                "can; correct or remove it"
+            ) from error
     return content
+
+
+def _is_nested_deeper(content: Any, depth: int) -> bool:
+    """Level by level, not by recursion."""
+    level = [content]
+    for _ in range(depth):
+        values = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for of_one in values for value in of_one if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True

@@ -59,6 +59,9 @@ class Vocabulary:
     extra_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, token_id in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
+            if not 0 <= token_id < self.size:
+                raise ValueError(f"{name} = {token_id} must be an id, from 0 to {self.size - 1}")
         if not self.extra_tokens:
             return
         if not self.has_speech:

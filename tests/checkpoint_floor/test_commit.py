@@ -178,7 +178,11 @@ def test_a_lost_or_garbled_tracker_is_no_lost_run(run: Path) -> None:
     tracker.write_text("6 0")
     with pytest.raises(CheckpointError, match="expected a step or `release`"):
         read_tracker(run)
-    assert resolve_checkpoint(run, fallback=True).step == 60
+    resolved = resolve_checkpoint(run, fallback=True)
+    assert resolved.step == 60 and "says '6 0'" in resolved.skipped[0].problems[0]
+    with pytest.raises(CheckpointError, match=r"says '6 0'(.|\n)*--ckpt-step \(20, 40, 60\)"):
+        resolve_checkpoint(run, fallback=False)  # an export never guesses
+    assert resolve_checkpoint(run, 20, fallback=False).step == 20
     tracker.unlink()
     assert resolve_checkpoint(run, fallback=True).step == 60
     assert has_checkpoint(run)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -98,7 +100,14 @@ def test_truncated_deleted_and_foreign_files(directory: Path) -> None:
 
 @pytest.mark.parametrize(
     "record",
-    ["", "[]", "{}", '{"algorithm": "md5", "files": {"a": "b"}}', '{"algorithm": "sha256", "files": {}}'],
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"algorithm": "md5", "files": {"a": "b"}}',
+        '{"algorithm": "sha256", "files": {}}',
+    ],
 )
 def test_a_record_that_says_nothing_is_a_problem(directory: Path, record: str) -> None:
     (directory / "integrity.json").write_text(record)
@@ -111,6 +120,20 @@ def test_a_record_cannot_point_outside(directory: Path) -> None:
     record = {"algorithm": "sha256", "files": {"../secret": "0" * 64, "/etc/hostname": "0" * 64}}
     (directory / "integrity.json").write_text(json.dumps(record))
     assert all("outside the checkpoint" in problem for problem in verify_integrity(directory))
+
+
+def test_progress_is_shown_in_bytes(directory: Path) -> None:
+    seen: list[int] = []
+    asked: list[tuple[str, int]] = []
+
+    @contextmanager
+    def progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        asked.append((what, total_bytes))
+        yield seen.append
+
+    assert verify_integrity(directory, progress) == []
+    total_bytes = sum(map(len, CONTENTS.values()))
+    assert asked == [("checking", total_bytes)] and sum(seen) == total_bytes
 
 
 def test_without_a_record_the_save_was_not_finished(directory: Path) -> None:

@@ -16,6 +16,9 @@ import pytest
 from huggingface_hub import _local_folder
 
 from usdm_megatron.checkpoint.integrity import write_integrity
+from usdm_megatron.convert.export_hf import run_export
+from usdm_megatron.convert.import_hf import run_import
+from usdm_megatron.convert.options import ExportOptions, ImportOptions
 from usdm_megatron.convert.source_hashes import ExpectedHash, WeightHasher, expected_hashes
 from usdm_megatron.errors import ConversionError
 
@@ -179,3 +182,34 @@ def test_what_the_callback_raises_comes_back(tmp_path: Path) -> None:
     hasher = WeightHasher(write_plain(tmp_path), list(FILES), fail)
     with hasher, pytest.raises(ZeroDivisionError, match="mine"):
         hasher.result()
+
+
+@pytest.mark.parametrize("change", ["altered", "absent"])
+def test_an_import_reads_what_the_record_of_the_source_names(
+    tmp_path: Path, small_model: Callable[..., Path], change: str
+) -> None:
+    checkpoint, exported = tmp_path / "ck", tmp_path / "hf"
+    run_import(ImportOptions(hf_path=str(small_model()), save=checkpoint))
+    run_export(ExportOptions(load=checkpoint, hf_path=exported, max_shard_size="10KB"))
+    index = exported / "model.safetensors.index.json"
+    if change == "altered":
+        index.write_text(index.read_text() + "\n")
+    else:
+        (exported / "generation_config.json").unlink()
+    (exported / "README.md").unlink()  # which a download for a conversion leaves out, too
+    changed = {
+        "altered": "index.json differs from what integrity.json",
+        "absent": "generation_config.json is missing",
+    }
+    with pytest.raises(ConversionError, match=changed[change]):
+        run_import(ImportOptions(hf_path=str(exported), save=tmp_path / "again"))
+
+
+def test_a_flipped_byte_explains_its_nan(tmp_path: Path, small_model: Callable[..., Path]) -> None:
+    run_import(ImportOptions(hf_path=str(small_model()), save=tmp_path / "ck"))
+    run_export(ExportOptions(load=tmp_path / "ck", hf_path=tmp_path / "hf"))
+    content = bytearray((tmp_path / "hf" / "model.safetensors").read_bytes())
+    content[-4:] = b"\xff\xff\xff\x7f"  # a NaN in the last tensor
+    (tmp_path / "hf" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConversionError, match="differs from what integrity.json recorded"):
+        run_import(ImportOptions(hf_path=str(tmp_path / "hf"), save=tmp_path / "again"))

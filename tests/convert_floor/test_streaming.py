@@ -133,6 +133,14 @@ def test_the_same_greedy_tokens(small_model: Callable[..., Path], tmp_path: Path
     assert said[0].shape[1] > 9 and torch.equal(said[0], said[1])
 
 
+def test_two_exports_are_equal_bytes(extended: Path, exported: Path, tmp_path: Path) -> None:
+    run_export(ExportOptions(load=extended, hf_path=tmp_path / "again", workers=1))
+    names = sorted(path.name for path in exported.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir()) and len(names) > 5
+    for name in names:
+        assert filecmp.cmp(exported / name, tmp_path / "again" / name, shallow=False), name
+
+
 def test_units_and_tokens_of_ones_own(plain_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -277,13 +285,14 @@ def kill_at_work(arguments: list[str], seen: Path, pattern: str, delay_s: float)
 def test_a_killed_import_leaves_nothing_or_everything(larger_model: Path, tmp_path: Path, seed: int) -> None:
     root = tmp_path / "ck"
     delay_s = random.Random(seed).uniform(0, 0.6)
-    kill_at_work(
+    code = kill_at_work(
         ["import", "--hf-path", str(larger_model), "--save", str(root)], root, "release.tmp-*", delay_s
     )
     complete = (root / "release").exists()
+    assert code == -signal.SIGKILL or (code == 0 and complete)  # it did not end otherwise
     if complete:
         assert verify_integrity(root / "release") == []
-    left = [path.name for path in root.glob("*.tmp-*")]
+    left = sorted(path.name for path in root.glob("*.tmp-*"))
     summary = run_import(ImportOptions(hf_path=str(larger_model), save=root, overwrite=complete))
     assert list(summary.removed) == left
     assert sorted(path.name for path in root.iterdir()) == ["latest_checkpointed_iteration.txt", "release"]
@@ -306,8 +315,9 @@ def test_a_killed_export_leaves_nothing_or_everything(larger_model: Path, tmp_pa
         "--max-shard-size",
         "30MB",
     ]
-    kill_at_work(arguments, target.parent, "hf.tmp-*", delay_s)
+    code = kill_at_work(arguments, target.parent, "hf.tmp-*", delay_s)
     complete = target.exists()
+    assert code == -signal.SIGKILL or (code == 0 and complete)
     if complete:
         assert verify_integrity(target) == []
     left = [path.name for path in target.parent.glob("*.tmp-*")]

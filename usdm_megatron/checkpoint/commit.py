@@ -8,6 +8,7 @@ Every stage is agreed on: what fails on one rank is raised on all (`on_every_ran
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -29,8 +30,14 @@ from usdm_megatron.checkpoint.resolve import (
 )
 from usdm_megatron.errors import CheckpointError
 
-_TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{32}")
+_SUFFIX = r"\.tmp-[0-9a-f]{32}"  # of `temporary_path`
+_TEMPORARY = re.compile(  # what a save of ours renames, and nothing of anybody else's
+    rf"(?:iter_\d{{7,}}|{RELEASE}|{re.escape(TRACKER_FILE)}|{re.escape(BEST_FILE)}){_SUFFIX}"
+)
 _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+# linux/fcntl.h, linux/fs.h
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def commit_checkpoint(
@@ -100,16 +107,27 @@ def remove_stale_temporaries(root: Path) -> list[str]:
         return []
     stale = sorted(path for path in root.iterdir() if _TEMPORARY.fullmatch(path.name))
     for path in stale:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        discard(path)
     return [path.name for path in stale]
 
 
 def temporary_path(final: Path) -> Path:
-    """A fresh name beside `final` that `remove_stale_temporaries` recognises."""
+    """A fresh name beside `final` that `temporaries_of` recognises."""
     return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+
+
+def temporaries_of(final: Path) -> list[Path]:
+    """What there is beside `final` under a name of `temporary_path`'s, sorted."""
+    pattern = re.compile(re.escape(final.name) + _SUFFIX)
+    return sorted(path for path in final.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def discard(path: Path) -> None:
+    """Remove a directory and all below it, a file, or a link (never what it points to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def remove_directory(directory: Path) -> None:
@@ -135,17 +153,23 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Give a finished, synced directory its final name; what is there under that name goes away."""
-    doomed = None
-    if final.exists():
+    """Give a finished, synced directory its final name; what is there under that name goes away.
+
+    Where the file system can exchange two names, one of the two has the final name at any moment.
+    """
+    if not final.exists():
+        temporary.rename(final)
+        doomed = None
+    elif _exchange(temporary, final):
+        doomed = temporary
+    else:
         doomed = temporary_path(final)
         final.rename(doomed)
-    try:
-        temporary.rename(final)
-    except OSError:
-        if doomed is not None:
+        try:
+            temporary.rename(final)
+        except OSError:
             doomed.rename(final)
-        raise
+            raise
     sync_directory(final.parent)
     if doomed is not None:
         shutil.rmtree(doomed, ignore_errors=True)
@@ -168,6 +192,16 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Give each the other's name in one step; False where the system (not Linux, NFS) cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
 def _make_temporary(final: Path, replace: bool) -> Path:

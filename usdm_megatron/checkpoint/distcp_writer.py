@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from usdm_megatron.checkpoint.threads import StoppedError, run_in_threads
 from usdm_megatron.errors import CheckpointError, UserError
 
 WRITE_BACK_BYTES = 32 << 20
@@ -36,10 +38,19 @@ WRITE_BACK_BYTES = 32 << 20
 class HashingStream(io.RawIOBase):
     """A file that is only appended to: keeps its sha256 and has the disk begin early.
 
-    `on_bytes(n)` is called with every n bytes written.
+    `on_bytes(n)` is called with every n bytes written. Once `stopped` is set, writing raises `StoppedError`.
+    `failure` is what the first write that failed raised: torch hides it behind an error of its own.
     """
 
-    def __init__(self, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        on_bytes: Callable[[int], None] | None = None,
+        stopped: threading.Event | None = None,
+    ) -> None:
+        self.failure: Exception | None = None
+        self._path = path
+        self._stopped = stopped or threading.Event()
         self._file = path.open("wb", buffering=0)
         self._hash = hashlib.sha256()
         self._on_bytes = on_bytes
@@ -51,16 +62,15 @@ class HashingStream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._hash.update(view)
-        done = 0
-        while done < len(view):  # a write to a raw file may be short
-            done += self._file.write(view[done:])
-        self._size += done
-        if self._size - self._started >= WRITE_BACK_BYTES:
-            self._start_write_back()
-        if self._on_bytes is not None:
-            self._on_bytes(done)
-        return done
+        try:
+            for begin in range(0, len(view), WRITE_BACK_BYTES):
+                self._write_block(view[begin : begin + WRITE_BACK_BYTES])
+        except Exception as error:
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(self._path)  # a raw file's errors name none
+            self.failure = self.failure or error
+            raise
+        return len(view)
 
     def tell(self) -> int:
         return self._size
@@ -73,6 +83,19 @@ class HashingStream(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+    def _write_block(self, block: memoryview) -> None:
+        if self._stopped.is_set():
+            raise StoppedError(f"{self._path}: stopped")
+        self._hash.update(block)
+        done = 0
+        while done < len(block):  # a write to a raw file may be short
+            done += self._file.write(block[done:])
+        self._size += done
+        if self._size - self._started >= WRITE_BACK_BYTES:
+            self._start_write_back()
+        if self._on_bytes is not None:
+            self._on_bytes(done)
 
     def _start_write_back(self) -> None:
         # Linux begins to write dirty pages of the range, and drops clean ones: a conversion is bound by
@@ -101,30 +124,36 @@ class DistcpWriter(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         prefix = plan.storage_data.prefix
         files = _divide(plan.items, self._workers)
-        with ThreadPoolExecutor(max_workers=len(files)) as pool:
-            written = [
-                pool.submit(self._write_file, f"{prefix}{number}{DEFAULT_SUFFIX}", items, planner)
-                for number, items in enumerate(files)
-            ]
-            results = [result for future in written for result in future.result()]
+        tasks = [
+            partial(self._write_file, f"{prefix}{number}{DEFAULT_SUFFIX}", items, planner)
+            for number, items in enumerate(files)
+        ]
+        results = run_in_threads(tasks, len(tasks))
         done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
+        done.set_result([result for of_file in results for result in of_file])
         return done
 
     def storage_meta(self) -> StorageMeta:
         # torch's has a random save_id and the temporary path: two equal saves would differ
         return StorageMeta()
 
-    def _write_file(self, name: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    def _write_file(
+        self, name: str, items: Sequence[WriteItem], planner: SavePlanner, stopped: threading.Event
+    ) -> list[WriteResult]:
         results = []
-        with HashingStream(self._directory / name, self._on_bytes) as stream:
+        with HashingStream(self._directory / name, self._on_bytes, stopped) as stream:
             for item in items:
                 data = planner.resolve_data(item)
                 if isinstance(data, torch.Tensor):
                     data = _compact(data.detach().cpu())
-                results.append(
-                    _write_item(self.transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE)
-                )
+                try:
+                    results.append(
+                        _write_item(self.transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE)
+                    )
+                except Exception:
+                    if stream.failure is not None:
+                        raise stream.failure from None
+                    raise
                 del data  # before the next one is made
             self.hashes[name] = stream.sync()
         return results

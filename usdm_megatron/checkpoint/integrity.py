@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from usdm_megatron.checkpoint.threads import run_in_threads
 from usdm_megatron.file_reading import file_sha256
+
+OnBytes = Callable[[int], None]
+# `progress(what, total bytes)` is left when all of it is done; what it gives is called with every n bytes
+ByteProgress = Callable[[str, int], AbstractContextManager[OnBytes]]
 
 INTEGRITY_FILE = "integrity.json"
 _THREADS = 4  # hashlib releases the interpreter lock
@@ -24,11 +31,21 @@ def files_below(directory: Path) -> list[str]:
     return sorted(name for name in names if name != INTEGRITY_FILE)
 
 
-def file_hashes(directory: Path, names: Iterable[str]) -> dict[str, str]:
+@contextmanager
+def no_progress(_what: str, _total_bytes: int) -> Iterator[OnBytes]:
+    """A `ByteProgress` that shows nothing."""
+    yield lambda _: None
+
+
+def file_hashes(directory: Path, names: Iterable[str], on_bytes: OnBytes = lambda _: None) -> dict[str, str]:
     """sha256 by name for files below `directory`."""
+
+    def digest(name: str, stopped: threading.Event) -> str:
+        return file_sha256(directory / name, stopped, on_bytes)
+
     names = list(names)
-    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: file_sha256(directory / name), names), strict=True))
+    hashes = run_in_threads([partial(digest, name) for name in names], min(_THREADS, os.cpu_count() or 1))
+    return dict(zip(names, hashes, strict=True))
 
 
 def write_integrity(directory: Path, hashes: Mapping[str, str] | None = None) -> None:
@@ -47,10 +64,11 @@ def write_integrity(directory: Path, hashes: Mapping[str, str] | None = None) ->
         os.fsync(file.fileno())
 
 
-def verify_integrity(directory: Path) -> list[str]:
+def verify_integrity(directory: Path, progress: ByteProgress = no_progress) -> list[str]:
     """Every way in which `directory` is not what was written, one sentence each; empty when it is.
 
-    Files that `integrity.json` does not name are no problem: nothing reads them.
+    What torch opens must be named by `integrity.json`. Other files that it does not name are no problem:
+    nothing reads them.
     """
     path = directory / INTEGRITY_FILE
     try:
@@ -60,22 +78,27 @@ def verify_integrity(directory: Path) -> list[str]:
         well_formed = bool(files) and all(isinstance(value, str) for value in files.values())
     except FileNotFoundError:
         return [f"{path} is missing: the checkpoint was not finished"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{path} cannot be read: {error}"]
     if algorithm != "sha256" or not well_formed:
         return [f"{path} is damaged: expected sha256 hashes by file name"]
-    problems = []
+    if outside := [name for name in sorted(files) if _is_outside(name)]:
+        return [f"{path} names {name!r}, which is outside the checkpoint" for name in outside]
+    problems = [
+        f"{directory / name} is not named by {INTEGRITY_FILE}: it was put there by somebody else; remove it"
+        for name in _files_that_torch_opens(directory)
+        if name not in files
+    ]
     readable = []
     for name in sorted(files):
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-            problems.append(f"{path} names {name!r}, which is outside the checkpoint")
-        elif not (directory / name).is_file():
-            problems.append(f"{directory / name} is missing")
-        else:
+        if (directory / name).is_file():
             readable.append(name)
+        else:
+            problems.append(f"{directory / name} is missing")
     try:
-        found = file_hashes(directory, readable)
+        total_bytes = sum((directory / name).stat().st_size for name in readable)
+        with progress("checking", total_bytes) as on_bytes:
+            found = file_hashes(directory, readable, on_bytes)
     except OSError as error:
         return [*problems, f"{directory} cannot be read: {error}"]
     problems += [
@@ -85,3 +108,14 @@ def verify_integrity(directory: Path) -> list[str]:
         if found[name] != files[name]
     ]
     return problems
+
+
+def _is_outside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.parts or ".." in path.parts or path.is_absolute()
+
+
+def _files_that_torch_opens(directory: Path) -> list[str]:
+    """Pickles, or files with pickles inside, of a torch_dist checkpoint."""
+    names = (path.name for path in directory.iterdir())
+    return sorted(name for name in names if name in (".metadata", "common.pt") or name.endswith(".distcp"))

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from usdm_megatron.checkpoint.integrity import INTEGRITY_FILE, verify_integrity
+from usdm_megatron.checkpoint.integrity import (
+    INTEGRITY_FILE,
+    ByteProgress,
+    no_progress,
+    verify_integrity,
+)
 from usdm_megatron.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -29,7 +34,7 @@ _STEP_DIRECTORY = re.compile(r"iter_(\d{7,})")
 class SkippedCheckpoint:
     """A checkpoint that was not taken, and why."""
 
-    path: Path
+    path: Path  # of the tracker, when that cannot be read
     problems: tuple[str, ...]
 
 
@@ -87,7 +92,11 @@ def read_best(root: Path) -> int | None:
 
 
 def resolve_checkpoint(
-    root: Path | str, ckpt_step: int | Literal["best"] | None = None, *, fallback: bool
+    root: Path | str,
+    ckpt_step: int | Literal["best"] | None = None,
+    *,
+    fallback: bool,
+    progress: ByteProgress = no_progress,
 ) -> ResolvedCheckpoint:
     """The checkpoint that `root` (a run, a converted model, or one checkpoint directory) means.
 
@@ -95,22 +104,29 @@ def resolve_checkpoint(
     `fallback=True` (resume) goes back to the newest older one that is whole and records what was
     skipped; `fallback=False` (export, evaluation) never does. A `ckpt_step` is taken or refused.
 
-    Reads every byte: in a multi-rank program call it on rank 0 (`on_rank_zero`).
+    Reads every byte, which `progress` shows: in a multi-rank program call it on rank 0 (`on_rank_zero`).
     Raises `CheckpointError` naming each missing or damaged file.
     """
     root = Path(root)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory")
     if ckpt_step is not None:
-        return _verified(_chosen(root, ckpt_step), ckpt_step)
+        return _verified(_chosen(root, ckpt_step), ckpt_step, progress)
     if _is_checkpoint(root):
-        return _verified(root, None)
-    candidates = _candidates(root)
+        return _verified(root, None, progress)
+    skipped: list[SkippedCheckpoint] = []
+    try:
+        newest = read_tracker(root)
+    except CheckpointError as error:  # resume takes the largest number, and says so
+        if not fallback:
+            raise CheckpointError(*error.problems, *_remedy(root, root / TRACKER_FILE)) from error
+        newest = None
+        skipped.append(SkippedCheckpoint(root / TRACKER_FILE, error.problems))
+    candidates = _candidates(root, newest)
     if not candidates:
         raise CheckpointError(f"{root} holds no checkpoint (no {TRACKER_FILE}, iter_* or release/)")
-    skipped: list[SkippedCheckpoint] = []
     for path in candidates if fallback else candidates[:1]:
-        problems = verify_integrity(path) if path.is_dir() else [f"{path} is missing"]
+        problems = verify_integrity(path, progress) if path.is_dir() else [f"{path} is missing"]
         if not problems:
             return ResolvedCheckpoint(path, step_of(path), tuple(skipped))
         skipped.append(SkippedCheckpoint(path, tuple(problems)))
@@ -118,17 +134,13 @@ def resolve_checkpoint(
     raise CheckpointError(*(problem for entry in skipped for problem in entry.problems), *remedy)
 
 
-def _candidates(root: Path) -> list[Path]:
-    """Newest first. The tracker decides what is newest, not the largest number.
+def _candidates(root: Path, newest: CheckpointName | None) -> list[Path]:
+    """Newest first. The tracker, which says `newest`, decides what is newest, not the largest number.
 
     After a step back (`--ckpt-step 20` in a run that had reached 40) the larger number is the
     abandoned one. Without a tracker (it was lost) the largest number has to do.
     """
     steps = list_steps(root)
-    try:
-        newest = read_tracker(root)
-    except CheckpointError:
-        newest = None
     if newest == RELEASE:
         return [root / RELEASE]
     if newest is None:
@@ -155,8 +167,10 @@ def _chosen(root: Path, ckpt_step: int | Literal["best"]) -> Path:
     return path
 
 
-def _verified(path: Path, ckpt_step: int | Literal["best"] | None) -> ResolvedCheckpoint:
-    if problems := verify_integrity(path):
+def _verified(
+    path: Path, ckpt_step: int | Literal["best"] | None, progress: ByteProgress
+) -> ResolvedCheckpoint:
+    if problems := verify_integrity(path, progress):
         chosen = "" if ckpt_step is None else f" (--ckpt-step {ckpt_step})"
         raise CheckpointError(*(f"{problem}{chosen}" for problem in problems))
     return ResolvedCheckpoint(path, step_of(path))

@@ -7,8 +7,8 @@
 
 Core's stock save strategy fails or crawls on CPU (it forks writers, pins memory and asks for
 the CUDA device: `strategies/filesystem_async.py:230`), so writing is `torch.distributed.checkpoint.save`
-with core's planner; everything else is core's. Reading trusts `.metadata` (torch unpickles it):
-hand in only directories that `resolve_checkpoint` has verified.
+with core's planner; everything else is core's. What torch would unpickle without a look (`.metadata`,
+sharded objects) is looked at first (`metadata_file.py`, `TensorReader.check_objects`).
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def load_sharded(
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
     reader = on_every_rank_local(f"reading {directory}", lambda: TensorReader(directory))
+    on_rank_zero(f"checking the objects of {directory}", reader.check_objects)
     stored, objects = reader.tensors, reader.objects
     sharded_state_dict = _without_absent_extra_state(sharded_state_dict, objects)
     # Applying the factories splits tensors (gate and up), so compare what core will ask for.

@@ -1,22 +1,23 @@
 """Tensors of a torch_dist checkpoint, one at a time, by key and layer; no process group, no megatron.core.
 
-torch unpickles `.metadata`: hand in only directories that `resolve_checkpoint` has verified.
+Nothing here runs what a pickle says (`metadata_file.py`); damage is found by `resolve_checkpoint`.
 """
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from usdm_megatron.checkpoint.common_file import namespace_allowed
+from usdm_megatron.checkpoint.metadata_file import read_metadata
 from usdm_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
-
-METADATA_FILE = ".metadata"
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,10 @@ class TensorReader:
         from torch.distributed.checkpoint import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        if not (directory / METADATA_FILE).is_file():
-            raise CheckpointError(f"{directory} is no torch_dist checkpoint: {METADATA_FILE} is missing")
+        metadata = read_metadata(directory)
+        entries = metadata.state_dict_metadata
         self._reader = FileSystemReader(directory)
-        try:
-            metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-            entries = metadata.state_dict_metadata
-        except Exception as error:  # unpickling damaged bytes raises almost anything
-            raise CheckpointError(f"{directory / METADATA_FILE} cannot be read: {error}") from error
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.directory = directory
         self._entries: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
@@ -76,6 +72,32 @@ class TensorReader:
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         self._reader.read_data(LoadPlan(items), cast("LoadPlanner", _Filling({key: target}))).wait()
         return target if layer is None else target[0]
+
+    def check_objects(self) -> None:
+        """Refuse objects that hold more than plain values and tensors, or cannot be read.
+
+        torch opens them with `weights_only=False` when core loads them. Raises `CheckpointError`.
+        """
+        import torch
+
+        problems = []
+        for index, place in self._reader.storage_data.items():
+            if index.fqn not in self.objects:
+                continue
+            try:
+                with (self.directory / place.relative_path).open("rb") as file:
+                    file.seek(place.offset)
+                    content = io.BytesIO(file.read(place.length))
+                with namespace_allowed():
+                    torch.load(content, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises a dozen types on what it refuses
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                problems.append(
+                    f"{self.directory / place.relative_path}: {index.fqn} could run code when it is opened, "
+                    f"or is damaged ({reason}); it was not written by this package"
+                )
+        if problems:
+            raise CheckpointError(*problems)
 
 
 class _Filling:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import tyro
 
 from usdm_megatron.convert.options import ExportOptions, ImportOptions, VerifyOptions
-from usdm_megatron.errors import EXIT_DONE, CheckpointFault
+from usdm_megatron.errors import EXIT_DONE, CheckpointFault, ConversionError
 
 Command = (
     Annotated[ImportOptions, tyro.conf.subcommand("import")]
     | Annotated[ExportOptions, tyro.conf.subcommand("export")]
     | Annotated[VerifyOptions, tyro.conf.subcommand("verify")]
 )
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_EXIT_TERMINATED = 128 + signal.SIGTERM  # as shells report it
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -27,17 +36,49 @@ def main(argv: Sequence[str]) -> int | None:
     )
     try:
         return _run(options, argv)
-    except OSError as error:  # a disk that fills up meanwhile; what was written is gone already
-        raise CheckpointFault(f"{error.filename or 'writing failed'}: {error.strerror or error}") from error
+    except (OSError, CheckpointFault) as error:  # what was written is gone already
+        failure = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(failure, OSError):
+            raise
+        raise _explained(options, failure) from error
+
+
+def _explained(options: Command, failure: OSError) -> ConversionError:
+    """What the file system refused, by the flag that helps: a disk that fills up, a name that is too long."""
+    reason = failure.strerror or failure
+    if failure.errno in _NO_ROOM and not isinstance(options, VerifyOptions):
+        flag, target = (
+            ("--save", options.save) if isinstance(options, ImportOptions) else ("--hf-path", options.hf_path)
+        )
+        return ConversionError(
+            f"{flag} {target} cannot be written: {reason}; free some room there (or raise the quota), or "
+            "choose another disk"
+        )
+    return ConversionError(f"{failure.filename or 'the conversion'}: {reason}")
+
+
+@contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """SIGTERM ends like Ctrl-C, so that temporaries go; a scheduler sends it before it kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(options: Command, argv: Sequence[str]) -> int:
     # torch takes seconds to import; --help and a wrong flag must not wait for it
     match options:
         case ImportOptions():
-            return _import(options)
+            with _cleaning_up_when_terminated():
+                return _import(options)
         case ExportOptions():
-            return _export(options)
+            with _cleaning_up_when_terminated():
+                return _export(options)
         case VerifyOptions():
             return _verify(options, argv)
 
@@ -55,6 +96,8 @@ def _import(options: ImportOptions) -> int:
         return EXIT_DONE
     summary = run(options)
     _print_removed(summary.removed)
+    if not summary.has_tokenizer:
+        print("no tokenizer in the source: the checkpoint and its exports have none either")
     what = "new" if options.adapter is None else "of them trained"
     rows = f", {summary.new_rows:,} {what}" if summary.new_rows else ""
     print(

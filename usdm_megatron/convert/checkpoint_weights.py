@@ -15,6 +15,7 @@ from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.checkpoint.tensor_reader import TensorReader
 from usdm_megatron.convert.name_table import ArchitectureTable, Entry, architecture_table, core_shape, to_hf
 from usdm_megatron.convert.options import ExportOptions
+from usdm_megatron.convert.progress import byte_progress
 from usdm_megatron.convert.weight_types import TORCH_TYPES, TypeName, type_of_torch
 from usdm_megatron.errors import CheckpointError, ConversionError
 
@@ -59,7 +60,8 @@ def chosen_checkpoint(options: ExportOptions) -> Path:
 
     Raises `CheckpointError` for a damaged checkpoint, `ConversionError` when the flags do not go with it.
     """
-    directory = resolve_checkpoint(options.load, options.ckpt_step, fallback=False).path
+    resolved = resolve_checkpoint(options.load, options.ckpt_step, fallback=False, progress=byte_progress)
+    directory = resolved.path
     if read_adapter_facts(directory) is None:
         for name in ("adapter_only", "merge_lora"):
             if getattr(options, name):

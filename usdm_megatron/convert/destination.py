@@ -14,6 +14,17 @@ from usdm_megatron.errors import ConversionError
 _MARGIN_BYTES = 64 << 20  # tokenizer, framing, and what the file system needs itself
 
 
+def require_plain(path: Path, flag: str) -> None:
+    """Refuse a destination that could not be given its name at the end, when all of it is written."""
+    if path.is_symlink():
+        raise ConversionError(
+            f"{flag} {path} is a symbolic link (to {os.readlink(path)}); it would be replaced, not what it "
+            "points to: name the directory itself, or remove the link"
+        )
+    if path.name in ("", ".."):
+        raise ConversionError(f"{flag} {path} names no directory of its own; write its name out")
+
+
 def require_space(directory: Path, size_bytes: int) -> None:
     """Refuse when the disk below `directory` (which may not exist yet) lacks room for `size_bytes`."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())

@@ -5,15 +5,17 @@ A LoRA checkpoint becomes a model with `--merge-lora`; the adapter alone is `pef
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from usdm_megatron.checkpoint.facts import GENERATION_CONFIG_FILE, CheckpointFacts
+from usdm_megatron.checkpoint.threads import run_in_threads
 from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, chosen_checkpoint, open_weights
 from usdm_megatron.convert.destination import require_space
 from usdm_megatron.convert.export_target import (
@@ -23,7 +25,7 @@ from usdm_megatron.convert.export_target import (
     require_replaceable,
     write_json,
 )
-from usdm_megatron.convert.finite import checked
+from usdm_megatron.convert.finite import cast_and_checked
 from usdm_megatron.convert.mapping import describe_export
 from usdm_megatron.convert.merge_lora import open_merged
 from usdm_megatron.convert.model_card import model_card
@@ -144,18 +146,12 @@ def _open_plan(options: ExportOptions) -> ExportPlan:
 def _write_directory(plan: ExportPlan, directory: Path, workers: int) -> None:
     """Everything of the directory; `integrity.json` last."""
     weights = plan.weights
-    problems: list[str] = []
-    with (
-        byte_progress("exporting", plan.size_bytes) as progress,
-        ThreadPoolExecutor(min(workers, len(plan.shards))) as pool,
-    ):
-        written = [pool.submit(_write_shard, plan, shard, directory, progress) for shard in plan.shards]
-        hashes = {}
-        for shard, future in zip(plan.shards, written, strict=True):
-            hashes[shard.file], found = future.result()
-            problems += found
-    if problems:
+    with byte_progress("exporting", plan.size_bytes) as progress:
+        tasks = [partial(_write_shard, plan, shard, directory, progress) for shard in plan.shards]
+        written = run_in_threads(tasks, workers)
+    if problems := [problem for shard in written for problem in shard.problems]:
         raise ConversionError(*problems)
+    hashes = {shard.file: shard.sha256 for shard in written}
     if len(plan.shards) > 1:
         write_json(directory / INDEX_FILE, index_of(plan.shards, plan.weight_type))
     config = exported_config(weights.facts, weights.table, plan.weight_type)
@@ -165,13 +161,27 @@ def _write_directory(plan: ExportPlan, directory: Path, workers: int) -> None:
     finish_directory(directory, weights.facts, card, hashes)
 
 
+@dataclass(frozen=True)
+class _WrittenShard:
+    """One file, and what is wrong with its tensors."""
+
+    file: str
+    sha256: str
+    problems: list[str]
+
+
 def _write_shard(
-    plan: ExportPlan, shard: ShardPlan, directory: Path, on_bytes: Callable[[int], None]
-) -> tuple[str, list[str]]:
-    """One file; its sha256, and what is wrong with its tensors."""
+    plan: ExportPlan,
+    shard: ShardPlan,
+    directory: Path,
+    on_bytes: Callable[[int], None],
+    stopped: threading.Event,
+) -> _WrittenShard:
+    source, dtype = plan.weights.facts.directory, TORCH_TYPES[plan.weight_type]
     problems: list[str] = []
-    tensors = checked(_of_shard(plan.weights, shard), plan.weights.facts.directory, problems)
-    return write_shard(directory, shard, plan.weight_type, tensors, on_bytes), problems
+    tensors = cast_and_checked(_of_shard(plan.weights, shard), dtype, source, problems)
+    digest = write_shard(directory, shard, plan.weight_type, tensors, on_bytes, stopped)
+    return _WrittenShard(shard.file, digest, problems)
 
 
 def _of_shard(weights: CheckpointWeights, shard: ShardPlan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,10 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from usdm_megatron.checkpoint.commit import publish_directory, sync_tree, temporary_path
+from usdm_megatron.checkpoint.commit import (
+    discard,
+    publish_directory,
+    sync_tree,
+    temporaries_of,
+    temporary_path,
+)
 from usdm_megatron.checkpoint.facts import CheckpointFacts
 from usdm_megatron.checkpoint.integrity import write_integrity
-from usdm_megatron.convert.destination import claimed, is_claimed, make_directory, require_space
+from usdm_megatron.convert.destination import (
+    claimed,
+    is_claimed,
+    make_directory,
+    require_plain,
+    require_space,
+)
 from usdm_megatron.convert.weight_types import TypeName
 from usdm_megatron.errors import ConversionError
 from usdm_megatron.tokenizer.files import check_tokenizer, copy_tokenizer
@@ -43,6 +55,7 @@ class Published:
 
 def require_replaceable(target: Path, marker: str, *, overwrite: bool) -> None:
     """Refuse a target that is there, unless `overwrite` and it is of the kind that has the file `marker`."""
+    require_plain(target, "--hf-path")
     if not target.exists():
         return
     if not overwrite:
@@ -78,7 +91,7 @@ def finish_directory(directory: Path, facts: CheckpointFacts, card: str, hashes:
     (directory / "README.md").write_text(card, encoding="utf-8")
     if facts.tokenizer_dir is not None:
         copy_tokenizer(facts.tokenizer_dir, directory)
-        check_tokenizer(directory, facts.vocabulary)
+        check_tokenizer(directory, facts.vocabulary, known_as=facts.tokenizer_dir)
     write_integrity(directory, hashes)
     sync_tree(directory)
 
@@ -94,11 +107,9 @@ def _remove_stale(target: Path) -> list[str]:
     Others' temporaries are not ours, and one that is being written now is another's.
     """
     removed = []
-    for path in sorted(target.parent.glob(f"{target.name}.tmp-*")):
-        if not path.is_dir():
-            continue
-        if is_claimed(path):
+    for path in temporaries_of(target):
+        if path.is_dir() and is_claimed(path):
             raise ConversionError(f"--hf-path {target}: another export is writing it now; wait for its end")
-        shutil.rmtree(path)
+        discard(path)
         removed.append(path.name)
     return removed

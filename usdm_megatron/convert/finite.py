@@ -1,4 +1,7 @@
-"""Counting NaN and infinity in weights at the speed of memory, without a copy."""
+"""Counting NaN and infinity in weights at the speed of memory, without a copy.
+
+What is counted is what will be written, in its type: in fp16, 1e6 is infinite.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,25 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def checked(
-    tensors: Iterable[tuple[str, torch.Tensor]], source: Path, problems: list[str]
+def cast_and_checked(
+    tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, source: Path, problems: list[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass tensors on, and add to `problems` each one of `source` that is not finite."""
+    """Pass tensors on as `dtype`, and add to `problems` each one of `source` that is not finite then."""
     for name, tensor in tensors:
-        if count := non_finite_count(tensor):
-            problems.append(f"{source}: {name} has {count:,} values that are NaN or infinite")
-        yield name, tensor
+        written = tensor.to(dtype)
+        problems += non_finite_problems(f"{source}: {name}", tensor, written)
+        yield name, written
+
+
+def non_finite_problems(where: str, tensor: torch.Tensor, written: torch.Tensor) -> list[str]:
+    """What is wrong with `tensor` as it is `written`, in its type; the cast alone may be to blame."""
+    count = non_finite_count(written)
+    if not count:
+        return []
+    if before := non_finite_count(tensor):
+        return [f"{where} has {before:,} values that are NaN or infinite"]
+    name, largest = str(written.dtype).removeprefix("torch."), torch.finfo(written.dtype).max
+    return [f"{where} has {count:,} values beyond what {name} holds (±{largest:.5g}); choose another --dtype"]
 
 
 def non_finite_count(tensor: torch.Tensor) -> int:

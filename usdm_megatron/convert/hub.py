@@ -38,6 +38,8 @@ def locate(hf_path: str, revision: str | None, cache_dir: Path | None) -> Path:
     if is_here:
         if revision is not None:
             raise ConversionError(f"--hf-revision goes with a hub id; {hf_path} is a directory here")
+        if cache_dir is not None:
+            raise ConversionError(f"--hf-cache-dir goes with a hub id; {hf_path} is a directory here")
         return local
     if not _HUB_ID.fullmatch(hf_path):
         raise ConversionError(f"--hf-path {hf_path} does not exist")

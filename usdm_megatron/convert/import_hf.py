@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +15,19 @@ from typing import Any
 import torch
 
 from usdm_megatron.architecture import HFArchitecture
-from usdm_megatron.checkpoint.commit import remove_stale_temporaries
-from usdm_megatron.checkpoint.facts import GENERATION_CONFIG_FILE, megatron_common, write_facts
+from usdm_megatron.checkpoint.commit import remove_stale_temporaries, temporary_path
+from usdm_megatron.checkpoint.facts import (
+    GENERATION_CONFIG_FILE,
+    megatron_common,
+    write_facts,
+    write_json,
+)
 from usdm_megatron.checkpoint.integrity import files_below
 from usdm_megatron.checkpoint.resolve import RELEASE, list_steps
 from usdm_megatron.checkpoint.streamed import save_streamed
-from usdm_megatron.convert.destination import claimed, require_space
-from usdm_megatron.convert.finite import non_finite_count
-from usdm_megatron.convert.foreign_bytes import read_small_json
-from usdm_megatron.convert.hf_source import HFSource, open_source
+from usdm_megatron.convert.destination import claimed, require_plain, require_space
+from usdm_megatron.convert.finite import non_finite_problems
+from usdm_megatron.convert.hf_source import INDEX_FILE, HFSource, open_source
 from usdm_megatron.convert.hub import locate
 from usdm_megatron.convert.import_plan import ImportPlan, empty_objects, plan_import, streamed_tensors
 from usdm_megatron.convert.mapping import describe_import
@@ -32,8 +39,15 @@ from usdm_megatron.errors import ConversionError
 from usdm_megatron.tokenizer import files as tokenizer_files
 from usdm_megatron.vocab import Vocabulary
 
-_MOST_GENERATION_BYTES = 1 << 20
-_VERSIONS = ("torch", "megatron-core", "safetensors", "numpy")
+_VERSIONS = (
+    "usdm-megatron",
+    "torch",
+    "megatron-core",
+    "safetensors",
+    "numpy",
+    "transformers",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class ImportSummary:
     weight_type: TypeName
     size_bytes: int
     source_tensors: int
+    has_tokenizer: bool
     removed: tuple[str, ...]  # what an interrupted run had left
 
 
@@ -66,11 +81,12 @@ def run_import(options: ImportOptions) -> ImportSummary:
     that cannot be written, before any weight is read where that is possible.
     """
     plan = open_plan(options)
-    with tempfile.TemporaryDirectory() as scratch, claimed(options.save):
-        tokenizer_dir = _prepare_tokenizer(plan, Path(scratch) / "tokenizer")
+    with claimed(options.save):
         removed = remove_stale_temporaries(options.save)
         require_space(options.save, plan.size_bytes)
-        saved = _write(plan, options, tokenizer_dir)
+        # beside the checkpoint, under a name that the next run cleans up after a kill
+        with _prepared_tokenizer(plan, temporary_path(options.save / RELEASE)) as tokenizer_dir:
+            saved = _write(plan, options, tokenizer_dir)
     return ImportSummary(
         path=saved,
         model=plan.model,
@@ -79,6 +95,7 @@ def run_import(options: ImportOptions) -> ImportSummary:
         weight_type=plan.weight_type,
         size_bytes=sum((saved / name).stat().st_size for name in files_below(saved)),
         source_tensors=len(plan.table.hf_shapes(plan.source_model)),
+        has_tokenizer=tokenizer_dir is not None,
         removed=tuple(removed),
     )
 
@@ -87,32 +104,34 @@ def dry_run(options: ImportOptions) -> str:
     """What `run_import` would do, tensor by tensor."""
     plan = open_plan(options)
     require_space(options.save, plan.size_bytes)
-    return describe_import(plan)
+    with tempfile.TemporaryDirectory() as scratch, _prepared_tokenizer(plan, Path(scratch) / "tokenizer"):
+        return describe_import(plan)
 
 
 def _write(plan: ImportPlan, options: ImportOptions, tokenizer_dir: Path | None) -> Path:
     source = plan.source
-    weights = CheckedWeights(source)
+    weights = WeightCheck(source)
     with (
         WeightHasher(source.directory, _hashed_files(source)) as hasher,
         byte_progress("importing", plan.size_bytes) as progress,
     ):
 
         def finish(directory: Path) -> None:
+            hashes = hasher.result()  # first: a damaged file explains its NaN
             weights.raise_problems()
             write_facts(
                 directory,
                 hf_config=plan.hf_config,
                 vocabulary=plan.vocabulary,
-                provenance=_provenance(plan, options, hasher.result()),
+                provenance=_provenance(plan, options, hashes),
                 tokenizer_dir=tokenizer_dir,
-                generation_config=_generation_config(source),
+                generation_config=plan.generation_config,
             )
 
         return save_streamed(
             options.save,
             RELEASE,
-            list(streamed_tensors(plan, weights.read)),
+            list(streamed_tensors(plan, weights.see)),
             empty_objects(plan),
             megatron_common(plan.hf_config, plan.vocabulary, 0, plan.weight_type),
             finish,
@@ -122,49 +141,52 @@ def _write(plan: ImportPlan, options: ImportOptions, tokenizer_dir: Path | None)
         )
 
 
-class CheckedWeights:
-    """Reads the source and remembers every tensor that is not finite: all are reported, at the end."""
+class WeightCheck:
+    """Sees every tensor on its way and remembers those that are not finite: all are reported, at the end."""
 
     def __init__(self, source: HFSource) -> None:
         self._source = source
         self._problems: list[str] = []
         self._lock = threading.Lock()
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self._source.read(name)
-        if count := non_finite_count(tensor):
-            file = self._source.directory / self._source.tensors[name].file
-            with self._lock:
-                self._problems.append(f"{file}: {name} has {count:,} values that are NaN or infinite")
-        return tensor
+    def see(self, name: str, tensor: torch.Tensor, written: torch.Tensor) -> None:
+        """`tensor` of the source as it is `written`; from any thread."""
+        file = self._source.directory / self._source.tensors[name].file
+        problems = non_finite_problems(f"{file}: {name}", tensor, written)
+        with self._lock:
+            self._problems += problems
 
     def raise_problems(self) -> None:
         if self._problems:
             raise ConversionError(*sorted(self._problems))
 
 
-def _generation_config(source: HFSource) -> dict[str, Any] | None:
-    path = source.directory / GENERATION_CONFIG_FILE
-    return read_small_json(path, _MOST_GENERATION_BYTES) if path.is_file() else None
-
-
-def _prepare_tokenizer(plan: ImportPlan, target: Path) -> Path | None:
-    """The checkpoint's tokenizer directory, extended and checked; None when the source has none."""
+@contextmanager
+def _prepared_tokenizer(plan: ImportPlan, target: Path) -> Iterator[Path | None]:
+    """The checkpoint's tokenizer in `target`, extended and checked; None when the source has none."""
     source = plan.source.directory
     if not tokenizer_files.has_tokenizer(source):
-        return None
-    if plan.extends:
-        tokenizer_files.extend_tokenizer(source, target, plan.vocabulary, plan.model.max_positions)
-    else:
-        tokenizer_files.copy_tokenizer(source, target)
-    if plan.vocabulary.has_speech:
-        tokenizer_files.check_tokenizer(target, plan.vocabulary)
-    return target
+        yield None
+        return
+    try:
+        if plan.extends:
+            tokenizer_files.extend_tokenizer(source, target, plan.vocabulary, plan.model.max_positions)
+        else:
+            tokenizer_files.copy_tokenizer(source, target)
+        config = target / "config.json"  # where transformers may find the tokenizer's class, as in an export
+        known = {key: value for key, value in plan.hf_config.items() if key != "auto_map"}
+        write_json(config, {**known, "model_type": plan.table.model_type})
+        tokenizer_files.check_tokenizer(target, plan.vocabulary, known_as=source)
+        config.unlink()
+        yield target
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def check_destination(options: ImportOptions) -> None:
     """Refuse a place to write to that holds a converted model, unless `--overwrite`, or a run."""
     release = options.save / RELEASE
+    require_plain(release, "--save")
     if release.exists() and not options.overwrite:
         raise ConversionError(f"{release} exists; pass --overwrite to replace it, or choose another --save")
     if steps := list_steps(options.save):
@@ -175,7 +197,7 @@ def check_destination(options: ImportOptions) -> None:
 
 
 def _hashed_files(source: HFSource) -> list[str]:
-    small = ("config.json", GENERATION_CONFIG_FILE, *tokenizer_files.TOKENIZER_FILES)
+    small = ("config.json", GENERATION_CONFIG_FILE, INDEX_FILE, *tokenizer_files.TOKENIZER_FILES)
     return [*(name for name in small if (source.directory / name).is_file()), *source.weight_files]
 
 

@@ -6,14 +6,18 @@ and its id alone, never on padding or a layout.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.checkpoint.facts import GENERATION_CONFIG_FILE
 from usdm_megatron.checkpoint.streamed import EmptyObject, StreamedTensor
+from usdm_megatron.convert.foreign_bytes import escaped, read_small_json
 from usdm_megatron.convert.hf_source import HFSource, check_tensors
 from usdm_megatron.convert.name_table import (
     EXTRA_STATE_KEYS,
@@ -33,11 +37,13 @@ from usdm_megatron.convert.weight_types import (
     type_of_safetensors,
 )
 from usdm_megatron.errors import ConversionError
-from usdm_megatron.tokenizer.files import has_tokenizer, read_vocabulary, token_ids
+from usdm_megatron.tokenizer.files import has_tokenizer, ids_to_extend, read_vocabulary
 from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 _NEW_ROWS_AT_A_TIME = 512
-ReadTensor = Callable[[str], torch.Tensor]
+_MOST_GENERATION_BYTES = 1 << 20
+_MOST_SIGMAS = 8.0  # what a float32 standard normal never reaches
+SeeTensor = Callable[[str, torch.Tensor, torch.Tensor], None]  # name, as in the source, as written
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class ImportPlan:
     extends: bool
     weight_type: TypeName
     seed: int
+    generation_config: dict[str, Any] | None
 
     @property
     def new_ids(self) -> range:
@@ -90,23 +97,29 @@ def plan_import(source: HFSource, options: ImportOptions) -> ImportPlan:
     extension = options.extension
     vocabulary = found if extension is None else _extended(source, found, extension)
     model = HFArchitecture.from_hf_config({**source.config, "vocab_size": vocabulary.size})
+    if vocabulary != found:
+        _check_new_rows(model, weight_type)
     return ImportPlan(
-        source, table, source_model, model, vocabulary, vocabulary != found, weight_type, options.seed
+        source,
+        table,
+        source_model,
+        model,
+        vocabulary,
+        vocabulary != found,
+        weight_type,
+        options.seed,
+        _generation_config(source.directory / GENERATION_CONFIG_FILE),
     )
 
 
-def streamed_tensors(plan: ImportPlan, read: ReadTensor | None = None) -> Iterator[StreamedTensor]:
-    """The checkpoint's tensors, in the order of the source; each is read when it is made.
-
-    `read(name)` gives a tensor of the source (default: from its file, as it is).
-    """
-    read = read or plan.source.read
+def streamed_tensors(plan: ImportPlan, see: SeeTensor = lambda *_: None) -> Iterator[StreamedTensor]:
+    """The checkpoint's tensors, in the order of the source; each is read when it is made; `see` sees it."""
     for entry, layer in plan.table.in_order(plan.model):
         yield StreamedTensor(
             entry.core_key,
             core_shape(entry, plan.model, plan.vocabulary.padded_size),
             TORCH_TYPES[plan.weight_type],
-            _maker(plan, entry, layer, read),
+            _maker(plan, entry, layer, see),
             layer,
             plan.model.layers,
         )
@@ -118,13 +131,19 @@ def empty_objects(plan: ImportPlan) -> list[EmptyObject]:
     return [EmptyObject(key, layer, layers) for key in EXTRA_STATE_KEYS for layer in range(layers)]
 
 
-def _maker(plan: ImportPlan, entry: Entry, layer: int | None, read: ReadTensor) -> Callable[[], torch.Tensor]:
+def _maker(plan: ImportPlan, entry: Entry, layer: int | None, see: SeeTensor) -> Callable[[], torch.Tensor]:
     def make() -> torch.Tensor:
         if entry.arrangement is Arrangement.VOCABULARY:
             (name,) = entry.hf_names(layer)
-            return _vocabulary_tensor(plan, name, read(name))
-        dtype = TORCH_TYPES[plan.weight_type]
-        tensors = {name: read(name).to(dtype) for name in entry.hf_names(layer)}
+            known = plan.source.read(name)
+            whole = _vocabulary_tensor(plan, name, known)
+            see(name, known, whole[: len(known)])
+            return whole
+        tensors = {}
+        for name in entry.hf_names(layer):
+            tensor = plan.source.read(name)
+            tensors[name] = tensor.to(TORCH_TYPES[plan.weight_type])
+            see(name, tensor, tensors[name])
         return from_hf(entry, tensors, plan.model, plan.vocabulary.padded_size, layer)
 
     return make
@@ -143,8 +162,23 @@ def _vocabulary_tensor(plan: ImportPlan, name: str, known: torch.Tensor) -> torc
     return tensor
 
 
+def _generation_config(path: Path) -> dict[str, Any] | None:
+    return read_small_json(path, _MOST_GENERATION_BYTES) if os.path.lexists(path) else None
+
+
+def _check_new_rows(model: HFArchitecture, weight_type: TypeName) -> None:
+    std, largest = model.initializer_range, torch.finfo(TORCH_TYPES[weight_type]).max
+    if _MOST_SIGMAS * std > largest:
+        raise ConversionError(
+            f"config.json: initializer_range = {std:g}: new rows of that standard deviation would exceed "
+            f"what {weight_type} holds (±{largest:.5g}); set it to the model's, 0.02 for most"
+        )
+
+
 def _source_vocabulary(source: HFSource, model: HFArchitecture) -> Vocabulary:
-    bos_id, eos_id = (_special_id(source, name, default) for name, default in (("bos", 1), ("eos", 2)))
+    bos_id, eos_id = (
+        _special_id(source, name, default, model.vocab_size) for name, default in (("bos", 1), ("eos", 2))
+    )
     if has_tokenizer(source.directory):
         return read_vocabulary(source.directory, model.vocab_size, bos_id, eos_id)
     if model.vocab_size == USDM_VOCABULARY.size:  # weights alone: the number gives it away
@@ -152,15 +186,16 @@ def _source_vocabulary(source: HFSource, model: HFArchitecture) -> Vocabulary:
     return Vocabulary(text_size=model.vocab_size, unit_count=0, bos_id=bos_id, eos_id=eos_id)
 
 
-def _special_id(source: HFSource, name: str, default: int) -> int:
-    token_id = source.config.get(f"{name}_token_id")
-    if token_id is None:
-        return default
-    if isinstance(token_id, list) and token_id:  # several ways to end: the first is the tokenizer's
-        token_id = token_id[0]
-    if not isinstance(token_id, int) or token_id < 0:
-        raise ConversionError(f"config.json: {name}_token_id = {token_id!r} must be an id")
-    return token_id
+def _special_id(source: HFSource, name: str, default: int, vocab_size: int) -> int:
+    said = source.config.get(f"{name}_token_id")
+    ids = [default] if said is None else said if isinstance(said, list) and said else [said]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:  # a bool is no id
+            raise ConversionError(
+                f"config.json: {name}_token_id = {escaped(token_id)} must be an id of the model, from 0 to "
+                f"{vocab_size - 1} (vocab_size - 1)" + (f"; absent means {default}" if said is None else "")
+            )
+    return int(ids[0])  # several ways to end: the first is the tokenizer's
 
 
 def _extended(source: HFSource, found: Vocabulary, extension: VocabularyExtension) -> Vocabulary:
@@ -179,7 +214,7 @@ def _extended(source: HFSource, found: Vocabulary, extension: VocabularyExtensio
             "tokenizer.model)"
         )
     vocabulary = replace(found, unit_count=extension.units, extra_tokens=extension.tokens)
-    known = token_ids(source.directory)
+    known = ids_to_extend(source.directory, found.text_size)
     if taken := [token for token in vocabulary.added_tokens() if token in known]:
         raise ConversionError(
             *(f"--extend-vocab: {token} is token {known[token]} of the source already" for token in taken)

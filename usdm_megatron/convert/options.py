@@ -12,7 +12,7 @@ from usdm_megatron.vocab import USDM_VOCABULARY, Vocabulary
 
 WeightType = Literal["auto", "bf16", "fp16", "fp32"]
 _EXTENSION = re.compile(r"units=(\d{1,7})(?:,tokens=(.+))?")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]i?B|B)?", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -194,7 +194,7 @@ class VerifyOptions:
         if self.sequence_length == 0:
             problems.append("--sequence-length 0 must be at least 1")
         if not self.tolerance >= 0:
-            problems.append(f"--tolerance {self.tolerance} must not be negative")
+            problems.append(f"--tolerance {self.tolerance} must be a number, 0 or more")
         if self.mode == "weights":
             problems += [
                 f"--{field.name.replace('_', '-')} goes with --mode logits"

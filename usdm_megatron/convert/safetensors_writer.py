@@ -7,6 +7,7 @@ tensors without gaps (https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +62,18 @@ def write_shard(
     weight_type: TypeName,
     tensors: Iterable[tuple[str, torch.Tensor]],
     on_bytes: Callable[[int], None] | None = None,
+    stopped: threading.Event | None = None,
 ) -> str:
-    """Write and sync one file; `tensors` come in the plan's order. Returns its sha256."""
+    """Write and sync one file; `tensors` come in the plan's order and type. Returns its sha256."""
     dtype = TORCH_TYPES[weight_type]
-    with HashingStream(directory / plan.file, on_bytes) as stream:
+    with HashingStream(directory / plan.file, on_bytes, stopped) as stream:
         stream.write(_header(plan, weight_type))
         wanted = iter(plan.shapes.items())
         for name, tensor in tensors:
             expected = next(wanted)
             assert (name, tuple(tensor.shape)) == expected, f"{name} {tensor.shape} is not {expected}"
-            data = tensor.to(dtype).contiguous().view(-1).view(torch.uint8)
+            assert tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}"
+            data = tensor.contiguous().view(-1).view(torch.uint8)
             stream.write(data.numpy())
         assert next(wanted, None) is None, "a tensor is missing"
         return stream.sync()

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 from usdm_megatron.checkpoint.integrity import INTEGRITY_FILE
-from usdm_megatron.convert.foreign_bytes import first_problems, is_file, read_small_json
+from usdm_megatron.convert.foreign_bytes import first_problems, is_file, named, read_small_json
 from usdm_megatron.errors import ConversionError
 
 _BLOCK_BYTES = 1 << 20
 _MOST_INTEGRITY_BYTES = 4 << 20
 _MOST_METADATA_BYTES = 4 << 10
 _ETAG = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # of other lengths from other servers: no hash that we know
+_MODEL_CARD = "README.md"  # read by no conversion, nor downloaded for one
 _CLOCK_TOLERANCE_S = 1  # as huggingface_hub 2.4, `_local_folder.py: read_download_metadata`
 
 
@@ -67,7 +68,14 @@ class WeightHasher:
         self._on_bytes = on_bytes or (lambda _: None)
         self._stopped = threading.Event()
         self._found: dict[str, str] = {}
-        self._problems: list[str] = []
+        self._problems: list[str] = [
+            f"{directory / named(name)} is missing; {INTEGRITY_FILE} names it: copy the directory again"
+            for name, expected in self._expected.items()
+            if expected.recorded_by == INTEGRITY_FILE
+            and name not in self._names  # these are found missing below
+            and name != _MODEL_CARD
+            and not is_file(directory / name)
+        ]
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="weight-hasher", daemon=True)
 

@@ -14,16 +14,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from usdm_megatron.architecture import identity_differences, model_identity
+from usdm_megatron.architecture import HFArchitecture, identity_differences, model_identity
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
 from usdm_megatron.checkpoint.ranks import on_rank_zero
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.convert.checkpoint_weights import open_weights
+from usdm_megatron.convert.hf_source import HFSource, check_tensors, open_source
 from usdm_megatron.convert.hub import locate
+from usdm_megatron.convert.name_table import architecture_table
 from usdm_megatron.convert.options import VerifyOptions
 from usdm_megatron.convert.verification_row import VerificationRow, build_verification_row
 from usdm_megatron.errors import EXIT_DONE, ConfigError, ConversionError
-from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.layout import ParallelLayout
 from usdm_megatron.runtime.ranks import RankEnvironment
 
@@ -84,10 +85,7 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
     from usdm_megatron.convert.verify_sides import OurSide
     from usdm_megatron.runtime.process_groups import open_process_groups
 
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ConversionError(
-            f"--json {options.json}: there is no directory {options.json.absolute().parent}"
-        )
+    _check_json_path(options.json)
     layout = ParallelLayout(
         environment.world_size, options.tensor_model_parallel_size, options.pipeline_model_parallel_size
     )
@@ -95,12 +93,9 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
         raise ConfigError(f"verify runs on tp x pp = {layout.tp * layout.pp} ranks, not {layout.world_size}")
     with open_process_groups(layout, environment, timeout=_TIMEOUT) as groups:
         directory = on_rank_zero(f"verifying {options.load}", lambda: _whole_model(options))
-        source = on_rank_zero(
-            f"finding {options.hf_path}",
-            lambda: locate(options.hf_path, options.hf_revision, options.hf_cache_dir),
-        )
         facts = read_facts(directory)
-        columns = _common_columns(source, facts)
+        found_source = on_rank_zero(f"finding {options.hf_path}", lambda: _whole_source(options, facts))
+        source, columns = found_source.directory, _common_columns(found_source, facts)
         whole = build_verification_row(facts.vocabulary, facts.architecture.sliding_window, _SEED)
         row = _shortened(_below(whole, columns), options.sequence_length)
         ours = OurSide(facts, groups, options.core_attention)
@@ -117,6 +112,16 @@ def compare_logits(options: VerifyOptions, environment: RankEnvironment) -> Logi
     if not comparison.passed:
         raise ConversionError(*_differences(options, found, comparison))
     return comparison
+
+
+def _check_json_path(path: Path | None) -> None:
+    """Before the comparison, which may take an hour."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise ConversionError(f"--json {path}: there is no directory {path.absolute().parent}")
+    if path.is_dir():
+        raise ConversionError(f"--json {path} is a directory; name the file to write")
 
 
 def describe(comparison: LogitsComparison) -> str:
@@ -250,18 +255,29 @@ def _whole_model(options: VerifyOptions) -> Path:
     return directory
 
 
-def _common_columns(hf_path: Path, facts: CheckpointFacts) -> int:
+def _whole_source(options: VerifyOptions, facts: CheckpointFacts) -> HFSource:
+    """The model, checked: transformers would invent what is missing, and follow any index."""
+    source = open_source(locate(options.hf_path, options.hf_revision, options.hf_cache_dir))
+    _common_columns(source, facts)  # first: of another model every tensor would be wrong
+    check_tensors(source, architecture_table(source.config), HFArchitecture.from_hf_config(source.config))
+    return source
+
+
+def _common_columns(source: HFSource, facts: CheckpointFacts) -> int:
     """Rows of the vocabulary that both have: without the new tokens when the source is not extended.
 
     Raises `ConversionError` when the configs describe different models: no layer is to blame then.
     """
-    ours, theirs = model_identity(facts.hf_config), model_identity(read_json_object(hf_path / "config.json"))
+    ours, theirs = model_identity(facts.hf_config), model_identity(source.config)
     columns = theirs["vocab_size"]
     if columns < ours["vocab_size"]:
         theirs["vocab_size"] = ours["vocab_size"]
     if differences := identity_differences(ours, theirs):
         raise ConversionError(
-            *(f"not the same model (checkpoint != {hf_path}): {difference}" for difference in differences)
+            *(
+                f"not the same model (checkpoint != {source.directory}): {difference}"
+                for difference in differences
+            )
         )
     return columns
 

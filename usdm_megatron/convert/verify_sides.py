@@ -22,7 +22,7 @@ from usdm_megatron.convert.name_table import architecture_table
 from usdm_megatron.convert.verification_row import VerificationRow
 from usdm_megatron.data.batch import PackedBatch, build_packed_batch
 from usdm_megatron.data.token_store import PackedRow
-from usdm_megatron.errors import ConfigError
+from usdm_megatron.errors import ConfigError, ConversionError
 from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.model.architecture import build_transformer_config, layout_problems
 from usdm_megatron.model.attention import resolve_backend
@@ -105,7 +105,10 @@ def load_reference(hf_path: Path) -> Any:
     table = architecture_table(read_json_object(hf_path / "config.json"))
     transformers.utils.logging.disable_progress_bar()
     model_class = getattr(transformers, table.export_as)
-    model = model_class.from_pretrained(hf_path, use_safetensors=True)  # nosec B615 - a local directory
+    try:
+        model = model_class.from_pretrained(hf_path, use_safetensors=True)  # nosec B615 - a local directory
+    except Exception as error:  # transformers raises what it likes on odd files
+        raise ConversionError(f"{hf_path}: transformers cannot load the model: {error}") from error
     return model.to(torch.float32).eval()
 
 

@@ -39,7 +39,7 @@ def compare_weights(options: VerifyOptions) -> WeightComparison:
 
     Raises `ConversionError` naming each tensor that differs, and by how much.
     """
-    checkpoint = resolve_checkpoint(options.load, options.ckpt_step, fallback=False)
+    checkpoint = resolve_checkpoint(options.load, options.ckpt_step, fallback=False, progress=byte_progress)
     weights = open_weights(checkpoint.path)
     source = open_source(locate(options.hf_path, options.hf_revision, options.hf_cache_dir))
     source_model = HFArchitecture.from_hf_config(source.config)

@@ -21,7 +21,9 @@ def type_of_safetensors(names: set[str]) -> TypeName:
         raise ConversionError(f"the tensors have different types ({', '.join(sorted(names))}); say --dtype")
     (name,) = names
     if name not in _SAFETENSORS:
-        raise ConversionError(f"the tensors are of type {name}; supported are {', '.join(_SAFETENSORS)}")
+        raise ConversionError(
+            f"the tensors are of type {name}; supported are {', '.join(_SAFETENSORS)}: say --dtype"
+        )
     return cast(TypeName, _SAFETENSORS[name])
 
 

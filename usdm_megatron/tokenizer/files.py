@@ -97,6 +97,17 @@ def read_vocabulary(directory: Path, vocab_size: int, bos_id: int, eos_id: int) 
     return vocabulary
 
 
+def ids_to_extend(directory: Path, text_size: int) -> dict[str, int]:
+    """The `token_ids` of a text tokenizer; refused unless it ends where the ids of new tokens begin."""
+    ids = token_ids(directory)
+    if (size := max(ids.values()) + 1) != text_size:
+        raise ConversionError(
+            f"{directory}: the tokenizer has {size} ids and the model {text_size} rows; new tokens would not "
+            "get the new rows"
+        )
+    return ids
+
+
 def extend_tokenizer(source: Path, target: Path, vocabulary: Vocabulary, model_max_length: int) -> None:
     """Copy a plain text tokenizer and add the tokens of `vocabulary`, in order, behind its ids.
 
@@ -104,13 +115,8 @@ def extend_tokenizer(source: Path, target: Path, vocabulary: Vocabulary, model_m
     special=True)`. A `tokenizer.json` is made where only `tokenizer.model` is there.
     Raises `ConversionError` when the text tokenizer does not end where the new ids begin.
     """
+    ids_to_extend(source, vocabulary.text_size)
     copy_tokenizer(source, target)
-    ids = token_ids(source)
-    if max(ids.values()) + 1 != vocabulary.text_size:
-        raise ConversionError(
-            f"{source}: the tokenizer has {max(ids.values()) + 1} ids and the model "
-            f"{vocabulary.text_size} rows; new tokens would not get the new rows"
-        )
     added = [
         {
             "content": content,
@@ -137,12 +143,14 @@ def extend_tokenizer(source: Path, target: Path, vocabulary: Vocabulary, model_m
         )
 
 
-def check_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
+def check_tokenizer(directory: Path, vocabulary: Vocabulary, known_as: Path | None = None) -> None:
     """Load the tokenizer as a user would and check ids: every added one, and the dialog template's.
 
-    The template is checked with Mistral's text tokenizer only; others cut text differently.
+    The template is checked with Mistral's text tokenizer only; others cut text differently. `known_as` is
+    what messages call a directory that is temporary.
     Raises `ConversionError` with the first ids that differ.
     """
+    name = known_as or directory
     from transformers import AutoTokenizer
 
     try:
@@ -150,13 +158,13 @@ def check_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
             str(directory), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # transformers and tokenizers raise what they like on odd files
-        raise ConversionError(f"{directory}: transformers cannot load the tokenizer: {error}") from error
+        raise ConversionError(f"{name}: transformers cannot load the tokenizer: {error}") from error
     problems = []
     if vocabulary.has_speech:
         tokens = vocabulary.added_tokens()
         expected = range(vocabulary.text_size, vocabulary.size)
         wrong = [
-            f"{directory}: {token} has id {found}, expected {wanted}"
+            f"{name}: {token} has id {found}, expected {wanted}"
             for token, found, wanted in zip(
                 tokens, tokenizer.convert_tokens_to_ids(tokens), expected, strict=True
             )
@@ -164,7 +172,7 @@ def check_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
         ]
         problems += wrong[:3]
         if vocabulary.text_size == _MISTRAL_TEXT_SIZE and _is_mistral(token_ids(directory)):
-            problems += _template_problems(tokenizer, directory, vocabulary)
+            problems += _template_problems(tokenizer, name, vocabulary)
     if problems:
         raise ConversionError(*problems)
 
@@ -177,7 +185,7 @@ def token_ids(directory: Path) -> dict[str, int]:
         pairs = vocabulary.items() if isinstance(vocabulary, dict) else _enumerated(vocabulary)
         ids = {str(token): int(token_id) for token, token_id in pairs}
         ids.update({str(token["content"]): int(token["id"]) for token in content.get("added_tokens", [])})
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
         raise ConversionError(f"{directory / 'tokenizer.json'} is malformed: {error!r}") from error
     if not ids:
         raise ConversionError(f"{directory / 'tokenizer.json'} has no tokens")
@@ -215,7 +223,12 @@ def _edit_config(
     path = target / "tokenizer_config.json"
     config = read_json_object(path) if path.is_file() else {}
     from_json = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in all_added}
-    config["added_tokens_decoder"] = {**from_json, **config.get("added_tokens_decoder", {}), **decoder}
+    known = config.get("added_tokens_decoder", {})
+    if not isinstance(known, dict):
+        raise ConversionError(
+            f"{path}: added_tokens_decoder = {known!r} must be an object of id → token; remove it"
+        )
+    config["added_tokens_decoder"] = {**from_json, **known, **decoder}
     config["pad_token"] = PAD_TOKEN
     config["model_max_length"] = model_max_length
     _write_json(path, config)
@@ -233,6 +246,8 @@ def _template_problems(tokenizer: Any, directory: Path, vocabulary: Vocabulary) 
     named |= {f"unit{i}": vocabulary.first_unit_id + i for i in range(min(10, vocabulary.unit_count))}
     problems = []
     for text, expected in _MISTRAL_CHECKS:
+        if any(isinstance(token, str) and token not in named for token in expected):
+            continue  # a vocabulary of fewer units
         wanted = [named[token] if isinstance(token, str) else token for token in expected]
         found = tokenizer(text)["input_ids"]
         if found != wanted:

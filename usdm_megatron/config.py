@@ -309,7 +309,13 @@ class RunConfig:
             "logging": self.logging,
         }
         problems = [problem for section in sections.values() for problem in section.problems()]
-        problems += [problem for name, section in sections.items() for problem in meaningless(name, section)]
+        said = {problem.partition(";")[0] for problem in problems}  # one problem a value
+        problems += [
+            problem
+            for name, section in sections.items()
+            for problem in meaningless(name, section)
+            if problem.partition(";")[0] not in said
+        ]
         if not self.training.bf16:
             problems += self._of_bf16_alone()
         tokens = self.data.micro_batch_size * self.data.seq_length

@@ -11,11 +11,19 @@ import pytest
 
 from tests.convert_floor.adapter_checkpoints import small_base, write_adapter
 from tests.convert_floor.conftest import edit_json
-from usdm_megatron.checkpoint.adapter_facts import AdapterFacts, read_adapter_facts, resolve_base
+from tests.tiny import write_hf_model
+from usdm_megatron.checkpoint.adapter_facts import (
+    AdapterFacts,
+    BaseIdentity,
+    read_adapter_facts,
+    resolve_base,
+)
 from usdm_megatron.convert.export_hf import run_export
-from usdm_megatron.convert.options import ExportOptions
+from usdm_megatron.convert.import_hf import run_import
+from usdm_megatron.convert.options import ExportOptions, ImportOptions
 from usdm_megatron.convert.peft_export import export_adapter
-from usdm_megatron.errors import CheckpointError
+from usdm_megatron.convert.peft_import import import_adapter
+from usdm_megatron.errors import CheckpointError, ConversionError
 from usdm_megatron.file_reading import file_sha256
 from usdm_megatron.lora_spec import LoraSpec
 
@@ -23,12 +31,12 @@ SPEC = LoraSpec(r=3, alpha=6.0, dropout=0.05, train_new_embeddings=True)
 
 
 def test_facts_come_back(tmp_path: Path) -> None:
-    facts = AdapterFacts(SPEC, "/some/where", "ab" * 32)
+    facts = AdapterFacts(SPEC, "/some/where", BaseIdentity("ab" * 32, "cd" * 32))
     facts.write(tmp_path)
     assert read_adapter_facts(tmp_path) == facts
     record = json.loads((tmp_path / "adapter.json").read_text())
     assert record == {
-        "base": {"directory": "/some/where", "sha256": "ab" * 32},
+        "base": {"directory": "/some/where", "sha256": "ab" * 32, "source_sha256": "cd" * 32},
         "lora": {
             "r": 3,
             "alpha": 6.0,
@@ -37,6 +45,9 @@ def test_facts_come_back(tmp_path: Path) -> None:
             "train_new_embeddings": True,
         },
     }
+    del record["base"]["source_sha256"]  # as earlier versions wrote it
+    (tmp_path / "adapter.json").write_text(json.dumps(record))
+    assert read_adapter_facts(tmp_path) == replace(facts, base=BaseIdentity("ab" * 32))
     (tmp_path / "adapter.json").unlink()
     assert read_adapter_facts(tmp_path) is None
 
@@ -105,3 +116,43 @@ def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     write_adapter(tmp_path / "ck", small_base(tmp_path), SPEC)
     with pytest.raises(CheckpointError, match=r"release is an adapter, .*--merge-lora, import"):
         AdapterFacts.over(tmp_path / "ck/release", SPEC)
+
+
+def test_another_conversion_of_the_same_model_is_the_same_base(tmp_path: Path) -> None:
+    """Other files, the same weights: for merging, and for an adapter that comes back from PEFT's form."""
+    bases = {}
+    for name, seed, workers in (("ours", 0, 1), ("again", 0, 3), ("other", 1, 1)):
+        hf = write_hf_model(tmp_path / f"hf{seed}", num_hidden_layers=2, seed=seed)
+        run_import(ImportOptions(hf_path=str(hf), save=tmp_path / name, workers=workers))
+        bases[name] = tmp_path / name / "release"
+    hashes = {file_sha256(base / "integrity.json") for base in bases.values()}
+    assert len(hashes) == 3, "the conversions are the same files: the comparison would be empty"
+    spec = replace(SPEC, train_new_embeddings=False)
+    facts = AdapterFacts.over(bases["ours"], spec)
+    assert resolve_base(facts, bases["again"]) == bases["again"]
+    with pytest.raises(CheckpointError, match="other is another model than the adapter's base"):
+        resolve_base(facts, tmp_path / "other")
+
+    write_adapter(tmp_path / "ck", bases["ours"], spec)
+    peft = tmp_path / "peft"
+    export_adapter(ExportOptions(load=tmp_path / "ck", hf_path=peft, adapter_only=True))
+    import_adapter(ImportOptions(adapter=peft, load=bases["again"], save=tmp_path / "in"))
+    # the shapes are the same: only what the export says of its base tells them apart
+    with pytest.raises(ConversionError, match="other/release is another model than the adapter's base"):
+        import_adapter(ImportOptions(adapter=peft, load=bases["other"], save=tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+    merge = ExportOptions(load=tmp_path / "ck", hf_path=tmp_path / "m", merge_lora=True)
+    run_export(replace(merge, pretrained_checkpoint=bases["again"]))
+
+
+def test_a_step_of_a_run_is_not_what_the_run_began_with(tmp_path: Path) -> None:
+    """It hands the provenance on, so it is known by its own files alone."""
+    hf = write_hf_model(tmp_path / "hf", num_hidden_layers=2)
+    run_import(ImportOptions(hf_path=str(hf), save=tmp_path / "base"))
+    step = tmp_path / "run/iter_0000010"
+    shutil.copytree(tmp_path / "base/release", step)
+    (step / "run_config.yaml").write_text("task: sft\n")
+    edit_json(step / "integrity.json", algorithm="sha512")
+    assert BaseIdentity.of(step).source_sha256 is None
+    with pytest.raises(CheckpointError, match="is another model"):
+        resolve_base(AdapterFacts.over(tmp_path / "base/release", SPEC), step)

@@ -14,8 +14,10 @@ import pytest
 import torch
 import yaml
 
+from tests import tiny
 from tests.convert_floor.adapter_checkpoints import all_tensors, peft_model, small_base, write_adapter
 from tests.convert_floor.conftest import edit_json, write_hf_model
+from tests.training import reference
 from usdm_megatron.checkpoint.adapter_facts import AdapterFacts, read_adapter_facts
 from usdm_megatron.checkpoint.facts import read_facts
 from usdm_megatron.checkpoint.integrity import verify_integrity, write_integrity
@@ -145,6 +147,14 @@ def test_base_model(tmp_path: Path) -> None:
     other = write_hf_model(tmp_path / "other", hidden_size=20)
     with pytest.raises(ConversionError, match="other is another model than the adapter's: hidden"):
         said(base_model=str(other))
+    rounded = tmp_path / "rounded"
+    reference.load_model(tmp_path / "hf").bfloat16().save_pretrained(rounded)
+    assert said(base_model=str(rounded)) == str(rounded)
+    alike = tiny.write_hf_model(tmp_path / "alike", seed=1, num_hidden_layers=2)
+    with pytest.raises(ConversionError, match="alike is another model than the adapter's base .* differs"):
+        said(base_model=str(alike))
+    shutil.move(tmp_path / "base", tmp_path / "moved")  # then nobody can tell, and the word is taken for it
+    assert said(base_model=str(alike)) == str(alike)
 
 
 def test_auto_peft_model_finds_the_base(tmp_path: Path) -> None:

@@ -180,6 +180,9 @@ PLAIN: dict[str, Any] = {
         ("r", "4", "r is '4'; it must be a number"),
         ("r", True, "r is True; it must be a number"),
         ("r", 2.5, "lora: r is 2.5"),
+        ("r", 10**400, "it must be a number of at most 1.8e+308"),
+        ("lora_alpha", 10**400, "it must be a number of at most 1.8e+308"),
+        ("lora_dropout", -(10**400), "it must be a number of at most 1.8e+308"),
         ("lora_alpha", None, "lora_alpha is None; it must be a number"),
         ("lora_alpha", float("nan"), "lora: alpha is nan"),
         ("lora_dropout", 1, "lora: dropout is 1.0"),
@@ -188,6 +191,10 @@ PLAIN: dict[str, Any] = {
         ("target_modules", [], "no target modules"),
         ("target_modules", "all-linear", "target_modules is 'all-linear'; it must be a list of names, not a"),
         ("target_modules", r".*\.q_proj", "it must be a list of names, not a pattern"),
+        ("target_modules", r".*\.q_proj", "or merge this adapter with peft, and import the model"),
+        ("target_modules", ["mlp.q_proj"], "names 'mlp.q_proj', which is no module of this model; give one"),
+        ("target_modules", ["q_proj", "foo.down_proj"], "names 'foo.down_proj', which is no module"),
+        ("target_modules", ["layers.x.mlp.up_proj"], "names 'layers.x.mlp.up_proj', which is no module"),
         ("target_modules", None, "target_modules is None"),
         ("target_modules", [3], "target_modules is [3]"),
         ("trainable_token_indices", [1, 2], "trainable_token_indices = [1, 2] is not computed here"),
@@ -200,6 +207,12 @@ def test_what_is_not_computed(field: str, value: Any, problem: str) -> None:
         spec_of({**PLAIN, field: value}, Path("adapter_config.json"), VOCABULARY, tied=False)
     (said,) = refused.value.problems
     assert said.startswith("adapter_config.json: ") and problem in said
+
+
+def test_a_target_may_be_the_end_of_a_path() -> None:
+    names = ["self_attn.q_proj", "model.layers.1.self_attn.v_proj", "0.mlp.up_proj", "down_proj"]
+    spec = spec_of({**PLAIN, "target_modules": names}, Path("c"), VOCABULARY, tied=False)
+    assert spec.targets == {"q_proj", "v_proj", "up_proj", "down_proj"}
 
 
 def test_all_problems_at_once() -> None:
@@ -279,9 +292,23 @@ def test_tensors_that_do_not_fit(source: Path, base: Path) -> None:
 
 
 def test_adapter_for_another_base(source: Path, tmp_path: Path) -> None:
+    """By its shapes; by its weights where the adapter is our own export: `test_peft_base.py`."""
     other = tiny.write_hf_model(tmp_path / "other", hidden_size=24, num_hidden_layers=2)
     base = tiny.write_checkpoint(other, tmp_path / "other ck")
     refuse(source, base, r"lora_A.weight has shape \[3, 32\], expected \[3, 24\] by adapter_config.json and")
+
+
+def test_a_rank_that_no_change_has(source: Path, base: Path) -> None:
+    edit_json(source / "adapter_config.json", r=10**300)
+    refuse(source, base, r"adapter_config.json: r is 1000.* above 32, their smaller side; merge this adapter")
+
+
+@pytest.mark.parametrize("saved", [["model.embed_tokens.weight"], ["lm_head.weight"]])
+def test_embeddings_that_peft_saved(source: Path, base: Path, saved: list[str]) -> None:
+    names = {f"base_model.model.{name}": torch.zeros(403, 32) for name in saved}
+    rewrite(source, lambda tensors: tensors.update(names))
+    (problem,) = refuse(source, base, "is a whole embedding")
+    assert "merge this adapter with peft (merge_and_unload), and import the model" in problem
 
 
 def test_values_and_types(source: Path, base: Path) -> None:
@@ -300,6 +327,22 @@ def test_hashes_of_our_own_exports_are_checked(source: Path, base: Path, tmp_pat
     export_adapter(ExportOptions(load=tmp_path / "ck", hf_path=exported, adapter_only=True))
     edit_json(exported / "adapter_config.json", lora_alpha=80)
     refuse(exported, base, "adapter_config.json differs from what integrity.json recorded")
+
+
+def test_what_says_which_base_it_is_for(
+    source: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Our exports do; peft's own come in all the same, and it is said that nobody knows."""
+    import_adapter(ImportOptions(adapter=source, load=base, save=tmp_path / "ck"))
+    assert "does not say which weights it was trained over" in capsys.readouterr().err
+    ours = tmp_path / "peft"
+    export_adapter(ExportOptions(load=tmp_path / "ck", hf_path=ours, adapter_only=True))
+    import_adapter(ImportOptions(adapter=ours, load=base, save=tmp_path / "again"))
+    assert capsys.readouterr().err == ""
+    (ours / "integrity.json").unlink()
+    for content in ('{"base": 1}', "{}", '{"base": {"sha256": 3}}', "["):
+        (ours / "usdm_megatron.json").write_text(content)
+        refuse(ours, base, "usdm_megatron.json")
 
 
 def test_the_base_must_be_whole(source: Path, base: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.tiny import VOCABULARY, WINDOW
 from tests.training import jobs, reference
 from tests.training.jobs import Layout, Row
 from usdm_megatron.architecture import HFArchitecture
+from usdm_megatron.config import CoreAttention
 from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.model.lora.names import adapter_entries, entry_shape
 from usdm_megatron.vocab import Vocabulary
@@ -44,7 +45,14 @@ def spec(*targets: str, new: bool = False) -> LoraSpec:
 FULL = (("recompute_granularity", "full"),)
 CORE = (("recompute_granularity", "selective"),)
 MLP = (*CORE, ("recompute_modules", ("core_attn", "mlp")))
+MLP_ALONE = (*CORE, ("recompute_modules", ("mlp",)))
 BLOCK = (*FULL, ("recompute_method", "block"), ("recompute_num_layers", 2))
+UNIFORM = (
+    *FULL,
+    ("recompute_method", "uniform"),
+    ("recompute_num_layers", 3),
+)  # a whole group a stage of two
+RECOMPUTES = [(), CORE, MLP, MLP_ALONE, FULL, BLOCK, UNIFORM]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Case:
     lora: LoraSpec
     extra: tuple[tuple[str, Any], ...] = ()
     factors: str = "random"  # or "initial": as built
+    backend: CoreAttention = "torch"
+    bf16: bool = False
 
 
 @dataclasses.dataclass
@@ -84,7 +94,7 @@ class Built:
         from usdm_megatron.checkpoint.store import load_sharded
         from usdm_megatron.log import quiet_upstream
         from usdm_megatron.model.architecture import build_transformer_config
-        from usdm_megatron.model.build import build_model_chunks
+        from usdm_megatron.model.build import build_model_chunks, weight_dtype
         from usdm_megatron.model.lora.state import base_part, load_base
         from usdm_megatron.model.packed_sequence import RopeTable
         from usdm_megatron.runtime.process_groups import seed_rank
@@ -101,18 +111,19 @@ class Built:
         )
         seed_rank(SEED, groups.coordinates)
         model, vocabulary = self.facts.architecture, self.facts.vocabulary
-        core_config = build_transformer_config(model, self.config.parallel, dtype=torch.float32)
+        self.dtype = weight_dtype(case.bf16)
+        core_config = build_transformer_config(model, self.config.parallel, dtype=self.dtype)
         self.models = build_model_chunks(
-            core_config, model, vocabulary, groups, "torch", lora=case.lora, seed=SEED
+            core_config, model, vocabulary, groups, case.backend, lora=case.lora, seed=SEED
         )
         wrapped = wrap_chunks(self.models, self.config.parallel, groups)
         self.rope = RopeTable(model.head_dim, model.rope_theta, SEQ_LENGTH, groups.device)
         self.step = PipelineStep(
-            wrapped, groups, self.rope, vocabulary, dtype=torch.float32, loss_reduction="token-mean"
+            wrapped, groups, self.rope, vocabulary, dtype=self.dtype, loss_reduction="token-mean"
         )
-        self.optimizer = AdamW(wrapped, self.config.optimizer, groups, bf16=False)
+        self.optimizer = AdamW(wrapped, self.config.optimizer, groups, bf16=case.bf16)
         states = {f"chunk_{i}": base_part(chunk.sharded_state_dict()) for i, chunk in enumerate(self.models)}
-        loaded = load_sharded(checkpoint, {"model": states}, strict="requested")
+        loaded = load_sharded(checkpoint, {"model": states}, strict="requested", cast=case.bf16)
         for index, chunk in enumerate(self.models):
             load_base(chunk, loaded["model"][f"chunk_{index}"])
         if case.factors == "random":
@@ -157,7 +168,7 @@ def train(
     checkpoint: Path,
     cases: Sequence[Case],
     rows: Sequence[Row],
-    lrs: Sequence[float] = (0.0,),
+    lrs: Sequence[float] = (1e-2,),
 ) -> list[Outcome]:
     """Logits of the first micro-batch, then one update for each of `lrs` on the same global batch."""
     with jobs.opened(environment, store, layout) as groups:
@@ -180,24 +191,26 @@ def _train_case(built: Built, rows: Sequence[Row], lrs: Sequence[float]) -> Outc
     logits = (
         []
         if layout.vpp > 1
-        else packed_logits(built.models, built.rope, batches[:1], vocabulary, torch.float32)
+        else packed_logits(built.models, built.rope, batches[:1], vocabulary, built.dtype)
     )
     for model in built.models:
         model.train()
     frozen = [(p, p.clone()) for model in built.models for p in model.parameters() if not p.requires_grad]
+    trained = [(item, item.parameter.detach().clone()) for item in built.tensors()]
     targets = sum(sum(map(len, row)) - len(row) for row in rows)
     losses = []
     for lr in lrs:
         result = built.step.train(batches, built.optimizer, targets=targets, lr=lr, stop=lambda: False)
         losses.append(result.losses.objective)
-    _check_frozen(built, frozen)
     gradients = built.shards(lambda p: jobs._whole_gradient(p, built.optimizer, built.groups))
     built.optimizer.finish_update()
+    assert all(lrs) and not any(torch.equal(item.parameter, before) for item, before in trained)
+    _check_frozen(built, frozen)
     return Outcome(losses, result.gradient_norm, gradients, built.shards(lambda p: p), logits)
 
 
 def _check_frozen(built: Built, frozen: list[tuple[Tensor, Tensor]]) -> None:
-    """The base has no gradient, no buffer, no optimizer state, and not one bit of it moved."""
+    """The base has no gradient, no buffer, no optimizer state, and not one bit of it moved in an update."""
     trained = {id(item.parameter) for item in built.tensors()}
     everything = sum(1 for model in built.models for _ in model.parameters())
     assert frozen and trained and len(frozen) + len(trained) == everything

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.model_floor import lora_jobs
-from tests.model_floor.lora_jobs import BLOCK, CORE, FULL, MLP, ROWS, Case, spec
+from tests.model_floor.lora_jobs import RECOMPUTES, ROWS, Case, spec
 from tests.model_floor.test_lora_layouts import DROPOUT, dropped
 from tests.model_floor.test_lora_parity import compare
 from tests.ranks import run_ranks
@@ -17,7 +17,6 @@ from tests.tiny import VOCABULARY
 from tests.training.jobs import Layout
 from usdm_megatron.lora_spec import TARGETS
 
-RECOMPUTES = [(), CORE, MLP, FULL, BLOCK]
 SUBSETS = [set_ for size in range(1, len(TARGETS) + 1) for set_ in itertools.combinations(TARGETS, size)]
 LAYOUTS = [
     Layout(), Layout(2), Layout(2, sp=True), Layout(1, 2), Layout(1, 1, 2), Layout(2, 2),

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.cli.test_start_up import HEAVY, probe
 from tests.convert_floor.conftest import edit_json
 from tests.reply_floor.conftest import VOCABULARY, WriteStore, one_exchange
 from tests.tiny import write_hf_model
+from usdm_megatron.checkpoint.integrity import write_integrity
 from usdm_megatron.cli import main
 from usdm_megatron.corpora.dialog import DialogTemplate
 from usdm_megatron.demo.tokenizer import write_mistral_tokenizer
@@ -98,6 +100,18 @@ def test_flags_that_contradict(model_path: Path, tmp_path: Path, capsys: pytest.
     assert "--limit counts the dialogs of --eval" in limit and "is no directory" in out
     missing, *_ = error_of(capsys, *model, "--eval", str(tmp_path / "none"))
     assert "no token store" in missing
+    (batch,) = error_of(capsys, *model, "--units", "-", "--batch-size", "4")
+    assert "--batch-size counts replies of --eval; drop it" in batch
+
+
+@pytest.mark.parametrize("name", [".", "", "/", "{there}"])
+def test_json_that_is_a_directory(
+    name: str, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before any work: the units are not even looked for."""
+    path = name.format(there=tmp_path)
+    (problem,) = error_of(capsys, "--model", str(model_path), "--units", "nowhere", "--json", path)
+    assert "is a directory; name a file" in problem
 
 
 @pytest.mark.parametrize(
@@ -131,6 +145,14 @@ def test_units_that_cannot_be_read(tmp_path: Path) -> None:
     large.write_bytes(b"1 " * (5 << 20))
     with pytest.raises(DataError, match="larger than 8 MiB"):
         read_units(str(large), VOCABULARY)
+
+
+def test_standard_input_that_is_closed(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python starts under `<&-`
+    (problem,) = error_of(capsys, "--model", str(model_path), "--units", "-")
+    assert "--units -: standard input is closed; pipe the units in" in problem
 
 
 def test_more_units_than_the_context(
@@ -174,6 +196,25 @@ def test_weights_that_are_incomplete_or_pickled(
     pickled = shutil.copytree(model_path, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     assert "pickles" in error_of(capsys, "--model", str(pickled), "--units", str(units_file))[0]
+
+
+def test_weights_that_are_damaged(
+    model_path: Path, tmp_path: Path, units_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their record where there is one (our exports have it), else by what comes of them."""
+    path = shutil.copytree(model_path, tmp_path / "damaged")
+    reply = ("--model", str(path), "--units", str(units_file), "--max-new-tokens", "1")
+    write_integrity(path)
+    assert main(["reply", *reply]) == 0
+    weights = path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][:] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (problem,) = error_of(capsys, *reply)
+    assert f"{weights} differs from what integrity.json recorded" in problem
+    (path / "integrity.json").unlink()
+    (problem,) = error_of(capsys, *reply)
+    assert "the model's logits are NaN or infinite" in problem and "export again" in problem
 
 
 def test_the_context_is_the_shorter_limit(model_path: Path, tmp_path: Path) -> None:

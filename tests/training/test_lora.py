@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.model_floor.lora_jobs import BLOCK, FULL, MLP, RECOMPUTES
 from tests.training import reference
 from tests.training.conftest import TinyModel
 from tests.training.jobs import Layout
@@ -23,6 +24,7 @@ from tests.training.test_oracle import record, train_lines
 from tests.training.test_resume import killed_after, losses, tensors
 from tests.training.test_sft_oracle import LR, MICRO_BATCH, STEPS, Stores, batches_of, fine_tune
 from tests.training.test_sft_oracle import stores as stores  # the fixture
+from usdm_megatron import lora_spec
 from usdm_megatron.checkpoint.adapter_facts import read_adapter_facts
 from usdm_megatron.config import CheckpointConfig
 from usdm_megatron.config_file import load_config
@@ -39,10 +41,19 @@ DROPOUT = {**LORA, "dropout": 0.1}
 LAYOUTS = [
     Layout(),
     Layout(2),
+    Layout(2, sp=True, extra=MLP),
     Layout(1, 2),
-    Layout(1, 1, 2),
+    Layout(1, 1, 2, extra=BLOCK),
+    Layout(2, 2, extra=FULL),
     Layout(2, 2, sp=True),
     Layout(2, 1, 2, sp=True),
+]
+# the rest of layout x recompute; what is always on covers every layout, and every granularity
+SWEEP = [
+    layout
+    for shape in (Layout(), Layout(2), Layout(2, sp=True), Layout(1, 2), Layout(1, 1, 2), Layout(2, 2))
+    for extra in RECOMPUTES
+    if (layout := replace(shape, extra=extra)) not in LAYOUTS
 ]
 
 
@@ -97,6 +108,16 @@ def reference_run(hf: Path, store: Path) -> tuple[list[float], dict[str, torch.T
     return losses, {name: p.detach() for name, p in peft_parameters(model).items()}, state_bytes
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", SWEEP, ids=str)
+def test_training_equals_peft_in_every_mode(
+    layout: Layout, tiny_model: Any, stores: Stores, tmp_path: Path
+) -> None:
+    expected, _, _ = reference_run(tiny_model.hf, stores.train)
+    run = fine_tune(layout, tiny_model, stores, tmp_path / "run", lora=LORA)
+    assert [line["loss"] for line in train_lines(run)] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_training_equals_peft(layout: Layout, tiny_model: Any, stores: Stores, tmp_path: Path) -> None:
     expected, adapter, state_bytes = reference_run(tiny_model.hf, stores.train)
@@ -116,8 +137,7 @@ def test_training_equals_peft(layout: Layout, tiny_model: Any, stores: Stores, t
     event = events(run, "lora")[0]
     trainable = sum(value.numel() for value in adapter.values())
     assert event["trainable_parameters"] == trainable
-    if layout == Layout():  # shards: of copies on other ranks there are more
-        assert event["optimizer_bytes"] == 4 * trainable + state_bytes  # masters too
+    assert event["optimizer_bytes"] == state_bytes  # each parameter once, whatever the layout
 
 
 def events(run: Path, what: str) -> list[dict[str, Any]]:
@@ -137,9 +157,10 @@ def test_tied_new_rows_on_two_stages(
     layout: Layout, tied_model: TinyModel, stores: Stores, tmp_path: Path
 ) -> None:
     """Both stages have a copy of them, and each a part of their gradient."""
-    expected, _, _ = reference_run(tied_model.hf, stores.train)
+    expected, _, state_bytes = reference_run(tied_model.hf, stores.train)
     run = fine_tune(layout, tied_model, stores, tmp_path / "run", lora=LORA)
     assert [line["loss"] for line in train_lines(run)] == pytest.approx(expected, rel=1e-5)
+    assert events(run, "lora")[0]["optimizer_bytes"] == state_bytes
 
 
 # --- checkpoints of a run
@@ -184,6 +205,10 @@ def test_resume_at_another_layout(tiny_model: Any, stores: Stores, tmp_path: Pat
     )
     for (_, loss, norm), (_, again, norm_again) in zip(losses(whole), losses(resumed), strict=True):
         assert (again, norm_again) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
+    # nothing was drawn in either run, and the first rank's seed is the same at both layouts: what it would
+    # draw next is no repetition of the run's beginning
+    (first, *_), (anew, *_) = (tensors(run / f"iter_{STEPS:07d}")["random_state"] for run in (whole, resumed))
+    assert not torch.equal(anew, first)
 
 
 def test_a_checkpoint_holds_the_adapter_alone(whole_run: Path, tiny_model: Any) -> None:
@@ -233,12 +258,13 @@ def test_a_run_goes_on_over_its_own_base_alone(whole_run: Path, tmp_path: Path) 
 def test_first_b_moves_then_a(tiny_model: Any, stores: Stores, tmp_path: Path) -> None:
     """With B = 0 the first step gives A no gradient; every factor of every layer moves by the second."""
     run = fine_tune(
-        Layout(2), tiny_model, stores, tmp_path / "run", lora=LORA,
+        Layout(2), tiny_model, stores, tmp_path / "run", lora={**LORA, "target_modules": lora_spec.TARGETS},
         training={"num_train_epochs": None, "train_iters": 3},
         optimizer={"lr_warmup_iters": 0},
         checkpoint={"save_interval": 1},
     )  # fmt: skip
     first, second, third = (tensors(run / f"iter_{step:07d}") for step in (1, 2, 3))
+    assert sum(map(is_adapter_key, first)) == 2 * len(lora_spec.TARGETS) + 2
     moment = "optimizer.state.exp_avg."
     for key in filter(is_adapter_key, first):
         early, late = (run[moment + key].flatten(-2).abs().amax(dim=-1) > 0 for run in (first, second))

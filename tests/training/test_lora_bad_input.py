@@ -13,6 +13,9 @@ from tests import tiny
 from tests.convert_floor.adapter_checkpoints import write_adapter
 from tests.training.dialogs import random_dialogs, write_rows
 from usdm_megatron.cli import main
+from usdm_megatron.cli.convert import main as convert
+from usdm_megatron.cli.training import TrainingCommand
+from usdm_megatron.config_file import dump_config
 from usdm_megatron.lora_spec import LoraSpec
 from usdm_megatron.vocab import Vocabulary
 
@@ -60,6 +63,7 @@ def started(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> S
     [
         (["--lora-r", "0"], "lora: r is 0; it must be a whole number, 1 or more"),
         (["--lora-r", "-3"], "lora: r is -3"),
+        (["--lora-r", "100000000"], "above 32, its smaller side; set --lora-r to 32 or less"),
         (["--lora-alpha", "0"], "lora: alpha is 0.0; it must be a positive number"),
         (["--lora-dropout", "1"], "lora: dropout is 1.0; it must be at least 0 and below 1"),
         (["--lora-target-modules", "q_prj"], "target module 'q_prj' is unknown; did you mean q_proj?"),
@@ -79,6 +83,29 @@ def test_all_problems_come_at_once(started: Started) -> None:
 def test_flags_of_lora_without_it(started: Started, tiny_model: Any) -> None:
     message = started("--lora-r", "4", "--pretrained-checkpoint", str(tiny_model.root))
     assert "lora: r set, and --lora is not; add --lora" in message
+
+
+def test_fields_of_lora_in_a_file_without_it(started: Started, tiny_model: Any, tmp_path: Path) -> None:
+    """Refused as the same flags are; not what a run of all weights wrote, nor what is off by word."""
+    file = tmp_path / "config.yaml"
+    start = ("--config", str(file), "--pretrained-checkpoint", str(tiny_model.root))
+    file.write_text("lora: {r: 4, alpha: 3}")
+    assert "lora: r, alpha set, and --lora is not; add --lora" in started(*start)
+    assert "lora: r, alpha set" in started(*start, "--no-lora")
+    started(*start, "--lora", code=0)
+    for text in ("lora: {enabled: true, r: 4}", "lora: {enabled: false, r: 4}"):
+        file.write_text(text)
+        started(*start, "--no-lora", code=0)
+        assert "lora: alpha set" in started(*start, "--no-lora", "--lora-alpha", "7")
+    for recipe in ("usdm", "corrected"):
+        plain = TrainingCommand("sft", "").parse(["--recipe", recipe, "--seq-length", "128"])[1]
+        file.write_text(dump_config(plain))
+        started(*start, code=0)
+
+
+def test_one_problem_a_value(started: Started) -> None:
+    for flag, value in (("--lora-alpha", "inf"), ("--lora-dropout", "nan"), ("--adam-beta1", "nan")):
+        assert len(started("--lora", flag, value).splitlines()) == 1
 
 
 def test_a_vocabulary_without_new_ids(started: Started, tmp_path: Path, data: Path) -> None:
@@ -140,8 +167,28 @@ def test_a_base_that_is_gone_or_damaged(started: Started, tiny_model: Any, tmp_p
     shard.write_bytes(content)
     assert shard.name in started(*SAME, "--pretrained-checkpoint", str(root))
     shutil.rmtree(base)
-    message = started(*SAME, "--pretrained-checkpoint", str(root))
+    message = started(*SAME, "--load", str(root))
     assert "is not there (any more); say where the base is now with --pretrained-checkpoint" in message
+
+
+def test_a_base_that_moved_from_an_adapter_to_start_with(
+    started: Started, tiny_model: Any, tmp_path: Path
+) -> None:
+    """--pretrained-checkpoint names the adapter and cannot name the base too: what is advised works."""
+    base, moved, root = tmp_path / "base", tmp_path / "moved", tmp_path / "adapter"
+    shutil.copytree(tiny_model.root, base)
+    write_adapter(root, base / "release", SPEC)
+    base.rename(moved)
+    message = started(*SAME, "--pretrained-checkpoint", str(root))
+    assert "is not there (any more); put it back there, or tie the adapter to where it is now" in message
+    assert "say where the base is now" not in message
+    tool = "python tools/convert_hf_checkpoint.py"
+    commands = message.split(f"{tool} ")[1:]
+    names = {"DIR": tmp_path / "dir", "BASE": moved, "NEW": tmp_path / "new"}
+    for command in commands:
+        words = command.replace(", then", "").split()
+        assert convert([str(names.get(word, word)) for word in words]) == 0
+    assert f"LoRA base   {moved}" in started(*SAME, "--pretrained-checkpoint", str(tmp_path / "new"), code=0)
 
 
 def test_a_layout_that_does_not_divide(started: Started, tiny_model: Any) -> None:

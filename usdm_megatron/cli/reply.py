@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from usdm_megatron.reply.error_rate import ErrorCount
     from usdm_megatron.reply.evaluate import Evaluation
     from usdm_megatron.reply.inference import Replier, Reply
+
+
+_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +35,10 @@ class ReplyFlags:
     """With --eval: only its first dialogs (default: all)."""
     max_new_tokens: int | None = None
     """Most tokens that a step writes (default: until the context is full, as the original)."""
-    batch_size: int = 8
-    """With --eval: replies made at a time."""
+    batch_size: int | None = None
+    """With --eval: replies made at a time (default: 8)."""
     json: Path | None = None
-    """Also write the outcome there."""
+    """Also write the outcome there, a file."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -46,6 +49,8 @@ class ReplyFlags:
             )
         if self.limit is not None and self.store is None:
             problems.append("reply: --limit counts the dialogs of --eval; drop it, or give a store")
+        if self.batch_size is not None and self.store is None:
+            problems.append("reply: --batch-size counts replies of --eval; drop it, or give a store")
         problems += [
             f"reply: --{name} is {value}; it must be at least 1"
             for name, value in (
@@ -55,7 +60,11 @@ class ReplyFlags:
             )
             if value is not None and value < 1
         ]
-        if self.json is not None and not self.json.parent.is_dir():  # known before the work, not after it
+        if self.json is not None and self.json.is_dir():  # known before the work, not after it
+            problems.append(
+                f"reply: --json {self.json}: is a directory; name a file, {self.json / 'reply.json'}"
+            )
+        elif self.json is not None and not self.json.parent.is_dir():
             problems.append(f"reply: --json {self.json}: {self.json.parent} is no directory; make it first")
         if problems:
             raise ConfigError(*problems)
@@ -88,7 +97,7 @@ def _evaluate(flags: ReplyFlags, prefix: str) -> None:
     evaluation = evaluate(
         _open_replier(flags),
         store,
-        batch_size=flags.batch_size,
+        batch_size=flags.batch_size or _BATCH_SIZE,
         limit=flags.limit,
         on_progress=lambda done, of: print(f"{done:,} of {of:,} replies", file=sys.stderr),
     )
@@ -110,8 +119,22 @@ def _open_replier(flags: ReplyFlags) -> Replier:
 
     source = open_source(flags.model)
     check_tensors(source, architecture_table(source.config), HFArchitecture.from_hf_config(source.config))
-    decode = GreedyDecoder(lambda: load_model(directory), directory.context_tokens, flags.max_new_tokens)
+
+    def load() -> Any:
+        _check_hashes(flags.model)
+        return load_model(directory)
+
+    decode = GreedyDecoder(load, directory.context_tokens, flags.max_new_tokens)
     return Replier(directory, decode)
+
+
+def _check_hashes(model: Path) -> None:
+    """Refuse files that are not what the export, or the hub, recorded; what nobody keeps record of passes."""
+    from usdm_megatron.convert.source_hashes import WeightHasher, expected_hashes
+
+    present = [name for name in expected_hashes(model) if (model / name).is_file()]
+    with WeightHasher(model, present) as hasher:
+        hasher.result()
 
 
 def _describe_reply(reply: Reply) -> str:

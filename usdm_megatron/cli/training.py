@@ -101,9 +101,16 @@ class TrainingCommand:
             default=flags(invocation=early, **sections),
             console_outputs=is_main_rank(),  # every rank refuses, one of them says why
         )
-        _check_lora_is_on(parsed.lora, sections["lora"])
+        # what stands beside `enabled` in a file was left there knowingly; without it, it asks for adapters
+        knows = "enabled" in tree.get("lora", {})
+        below = sections if knows else self._defaults(early, tree)
+        _check_lora_is_on(parsed.lora, below["lora"])
         chosen = {name: _without_overruled(name, getattr(parsed, name), tree) for name in section_types()}
         return parsed.invocation, RunConfig(task=self.task, recipe=recipe, **chosen)  # type: ignore[arg-type]
+
+    def _defaults(self, early: Invocation, tree: dict[str, Any]) -> dict[str, Any]:
+        """The sections as recipe and task have them, without what the file sets."""
+        return layered_defaults(early.recipe or tree.get("recipe"), {}, task=self.task)[1]
 
     def _file_and_recipe(self, argv: Sequence[str]) -> Invocation:
         """`--config` and `--recipe` decide the defaults of all other flags, so they are read first."""
@@ -131,13 +138,14 @@ def _check_invocation(invocation: Invocation) -> None:
 
 
 def _check_lora_is_on(given: LoraConfig, default: LoraConfig) -> None:
-    """Adapter flags without --lora would do nothing, without a word."""
-    if given.enabled or replace(given, enabled=default.enabled) == default:
-        return
-    changed = [name for name, value in asdict(given).items() if value != getattr(default, name)]
-    raise ConfigError(
-        f"lora: {', '.join(changed)} set, and --lora is not; add --lora, or drop what belongs to it"
-    )
+    """What describes adapters would do nothing without --lora, without a word."""
+    fields = asdict(given)
+    changed = [name for name in fields if name != "enabled" and fields[name] != getattr(default, name)]
+    if changed and not given.enabled:
+        raise ConfigError(
+            f"lora: {', '.join(changed)} set, and --lora is not; add --lora (in a file, enabled: true), or "
+            "drop what belongs to it"
+        )
 
 
 # of these at most one is given; the command line's own beats the file's

@@ -6,6 +6,7 @@ trained. Read is what this package computes: any other field must be off, those 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from usdm_megatron.convert.foreign_bytes import escaped, named
 from usdm_megatron.errors import ConfigError, ConversionError
 from usdm_megatron.lora_spec import TARGETS, LoraSpec
+from usdm_megatron.model.lora.names import target_of_module
 from usdm_megatron.vocab import Vocabulary
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+_LARGEST = sys.float_info.max
 _EMBEDDING, _OUTPUT = "embed_tokens", "lm_head"
 _READ = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "trainable_token_indices"})
 # What they may say besides nothing. The initial values that are missing (pissa, olora, corda, loftq, …)
@@ -78,12 +81,9 @@ def spec_of(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary, *, ti
         value = config.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
             problems.append(f"{name} is {escaped(value)}; it must be a number")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        problems.append(
-            f"target_modules is {escaped(targets)}; it must be a list of names, not a pattern: some of "
-            f"{', '.join(TARGETS)}"
-        )
+        elif isinstance(value, int) and abs(value) > _LARGEST:  # JSON's have no bound, a float's value has
+            problems.append(f"{name} is {escaped(value)}; it must be a number of at most {_LARGEST:.3g}")
+    problems += _target_problems(config.get("target_modules"))
     indices = config.get("trainable_token_indices")
     if indices is not None and not _are_new_ids(indices, vocabulary, tied):
         problems.append(_token_problem(indices, vocabulary, tied))
@@ -93,13 +93,28 @@ def spec_of(config: Mapping[str, Any], path: Path, vocabulary: Vocabulary, *, ti
                 r=config["r"],
                 alpha=float(config["lora_alpha"]),
                 dropout=float(config["lora_dropout"]),
-                # a name may be a module's whole path; which layers have it, its tensors tell
-                targets=frozenset(name.rpartition(".")[2] for name in config["target_modules"]),
+                # which layers a whole path names, its tensors tell
+                targets=frozenset(target_of_module(name) or name for name in config["target_modules"]),
                 train_new_embeddings=indices is not None,
             )
         except ConfigError as error:
             problems += error.problems
     raise ConversionError(*(f"{path}: {problem}" for problem in problems))
+
+
+def _target_problems(targets: Any) -> list[str]:
+    """What `target_modules` says that is no list of the model's projections; bare names `LoraSpec` judges."""
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        return [
+            f"target_modules is {escaped(targets)}; it must be a list of names, not a pattern: list which of "
+            f"{', '.join(TARGETS)} it means, or merge this adapter with peft, and import the model"
+        ]
+    return [
+        f"target_modules names {escaped(name)}, which is no module of this model; give one of "
+        f"{', '.join(TARGETS)}, or its whole path"
+        for name in targets
+        if "." in name and target_of_module(name) is None
+    ]
 
 
 def _meaning_problem(name: str, value: Any) -> str | None:

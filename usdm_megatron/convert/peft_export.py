@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from usdm_megatron.architecture import identity_differences, model_identity
+from usdm_megatron.checkpoint.adapter_facts import AdapterFacts, BaseIdentity
+from usdm_megatron.checkpoint.integrity import INTEGRITY_FILE
 from usdm_megatron.checkpoint.resolve import RELEASE
 from usdm_megatron.convert.adapter_weights import AdapterWeights, open_adapter
-from usdm_megatron.convert.checkpoint_weights import chosen_checkpoint
+from usdm_megatron.convert.checkpoint_weights import chosen_checkpoint, open_weights
 from usdm_megatron.convert.destination import require_space
 from usdm_megatron.convert.export_target import (
     ExportSummary,
@@ -21,7 +23,8 @@ from usdm_megatron.convert.export_target import (
     require_replaceable,
     write_json,
 )
-from usdm_megatron.convert.finite import checked
+from usdm_megatron.convert.finite import cast_and_checked
+from usdm_megatron.convert.hf_source import check_tensors, open_source
 from usdm_megatron.convert.model_card import adapter_card
 from usdm_megatron.convert.options import ExportOptions
 from usdm_megatron.convert.peft_config import ADAPTER_CONFIG_FILE, peft_config
@@ -31,6 +34,9 @@ from usdm_megatron.errors import ConversionError
 from usdm_megatron.file_reading import read_json_object
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+BASE_FILE = (
+    "usdm_megatron.json"  # `{"base": {"sha256", "source_sha256"}}`: peft reads over it, import does not
+)
 
 
 @dataclass(frozen=True)
@@ -109,11 +115,30 @@ def _base_model(weights: AdapterWeights, said: str | None) -> str | None:
                 raise ConversionError(
                     *(f"--base-model {said} is another model than the adapter's: {d}" for d in differences)
                 )
+            _check_weights(Path(said), weights.adapter)
         return said
     provenance = weights.facts.provenance
     source, options = provenance.get("source"), dict(provenance.get("options") or {})
     is_as_imported = Path(weights.adapter.base_directory).name == RELEASE and not options.get("extend_vocab")
     return source if is_as_imported and _is_hub_id(source) else None
+
+
+def _check_weights(said: Path, adapter: AdapterFacts) -> None:
+    """Hold the weights in `said` against the adapter's base, where that still lies as it did."""
+    base = Path(adapter.base_directory)
+    if not (base / INTEGRITY_FILE).is_file() or not BaseIdentity.of(base).is_of(adapter.base):
+        return
+    weights, source = open_weights(base), open_source(said)
+    check_tensors(source, weights.table, weights.model)
+    for name, ours in weights.in_order():
+        theirs = source.read(name)
+        # an export may have been rounded: the coarser type of both tells
+        dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(ours.to(dtype), theirs.to(dtype)):
+            raise ConversionError(
+                f"--base-model {said} is another model than the adapter's base {base}: {name} differs; give "
+                "the directory of that one's export, or its hub id"
+            )
 
 
 def _is_hub_id(name: object) -> bool:
@@ -124,11 +149,13 @@ def _write_directory(plan: AdapterExportPlan, directory: Path) -> None:
     """Everything of the directory; `integrity.json` last."""
     facts = plan.weights.facts
     problems: list[str] = []
-    tensors = checked(_in_order(plan.weights), facts.directory, problems)
+    dtype = TORCH_TYPES[plan.weight_type]
+    tensors = cast_and_checked(_in_order(plan.weights), dtype, facts.directory, problems)
     digest = write_shard(directory, plan.shard, plan.weight_type, tensors)
     if problems:
         raise ConversionError(*problems)
     write_json(directory / ADAPTER_CONFIG_FILE, plan.config)
+    write_json(directory / BASE_FILE, {"base": plan.weights.adapter.base.to_record()})
     hub_id = plan.base_model if _is_hub_id(plan.base_model) else None
     card = adapter_card(facts, plan.weights.adapter, plan.weight_type, hub_id)
     finish_directory(directory, facts, card, {ADAPTER_WEIGHTS_FILE: digest})

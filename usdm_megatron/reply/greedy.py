@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from usdm_megatron.architecture import family_of
+from usdm_megatron.errors import DataError
 from usdm_megatron.file_reading import read_json_object
 from usdm_megatron.reply.inference import Continuation, StepRule
 from usdm_megatron.reply.model_directory import ModelDirectory
@@ -54,7 +55,7 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[np.ndarray], rule: StepRule) -> list[Continuation]:
-        """One continuation a prompt (ids `[T]`), in order."""
+        """One continuation a prompt (ids `[T]`), in order; `DataError` when logits are not finite."""
         rooms = [min(self._max_new_tokens, self._context_tokens - len(prompt)) for prompt in prompts]
         written: list[list[int]] = [[] for _ in prompts]
         stopped = [False] * len(prompts)
@@ -75,7 +76,12 @@ class GreedyDecoder:
             )
             name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
             cache = {name: getattr(output, name)}
-            chosen_B = output.logits[:, -1].masked_fill(banned_V, -torch.inf).argmax(dim=-1)
+            best_B, chosen_B = output.logits[:, -1].masked_fill(banned_V, -torch.inf).max(dim=-1)
+            if not bool(best_B.isfinite().all()):  # NaN is the largest of a row that has one
+                raise DataError(
+                    f"the model's logits are NaN or infinite, in {best_B.dtype}; its weights are damaged, or "
+                    "training diverged: export again, from a checkpoint whose loss is finite"
+                )
             going = []  # places in the batch
             for place, (row, token) in enumerate(zip(rows, chosen_B.tolist(), strict=True)):
                 stopped[row] = token == rule.stop_id

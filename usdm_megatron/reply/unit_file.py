@@ -28,6 +28,8 @@ def read_units(source: str, vocabulary: Vocabulary) -> np.ndarray:
     name = "standard input" if source == STDIN else source
     try:
         if source == STDIN:
+            if sys.stdin is None:  # what Python makes of a closed one
+                raise DataError("--units -: standard input is closed; pipe the units in, or name a file")
             text = sys.stdin.buffer.read(_MOST_BYTES + 1)
         else:
             with Path(source).open("rb") as file:

@@ -41,11 +41,14 @@ class AdamStates:
         """This rank's reduced gradients, as the update will read them."""
         return [p.grad for p in self._sharded.get_parameters() if p.grad is not None]
 
+    def by_parameter(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """What Adam updates, and the masters, moments and step counts that it keeps for it."""
+        for parameter, entry in self._adam.state.items():
+            yield parameter, [parameter, *(value for value in entry.values() if isinstance(value, Tensor))]
+
     def tensors(self) -> Iterator[Tensor]:
         """Masters and moments."""
-        for parameter, entry in self._adam.state.items():
-            yield parameter
-            yield from (value for value in entry.values() if isinstance(value, Tensor))
+        return (tensor for _, tensors in self.by_parameter() for tensor in tensors)
 
 
 class PrecisionAwareStates(AdamStates):
@@ -67,9 +70,9 @@ class PrecisionAwareStates(AdamStates):
         parameters = self._sharded.get_parameters()
         return [p.decoupled_grad for p in parameters if getattr(p, "decoupled_grad", None) is not None]
 
-    def tensors(self) -> Iterator[Tensor]:
-        for entry in self._adam.state.values():
-            yield from (value for value in entry.values() if isinstance(value, Tensor))
+    def by_parameter(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        for parameter, entry in self._adam.state.items():
+            yield parameter, [value for value in entry.values() if isinstance(value, Tensor)]
 
 
 class OffloadedStates(PrecisionAwareStates):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from usdm_megatron.architecture import HFArchitecture
@@ -51,8 +51,12 @@ def find_lora_start(config: RunConfig, directory: Path, *, resumes: bool) -> Lor
         return LoraStart(directory, AdapterFacts.over(directory, spec), has_adapter=False)
     if problems := _differences(directory, adapter.spec, spec, with_dropout=resumes):
         raise ConfigError(*problems)
-    base = resolve_base(adapter, _base_now(config.checkpoint))
-    return LoraStart(base, replace(adapter, spec=spec, base_directory=str(base.resolve())), has_adapter=True)
+    named = config.checkpoint.pretrained_checkpoint
+    if named is not None and directory.is_relative_to(named):  # the flag is taken: it cannot name the base
+        base = resolve_base(adapter, remedy=_tie_anew(directory))
+    else:
+        base = resolve_base(adapter, _base_now(config.checkpoint))
+    return LoraStart(base, AdapterFacts.over(base, spec), has_adapter=True)
 
 
 def trainable_parameters(spec: LoraSpec, model: HFArchitecture, vocabulary: Vocabulary) -> int:
@@ -63,6 +67,12 @@ def trainable_parameters(spec: LoraSpec, model: HFArchitecture, vocabulary: Voca
         rows, columns = entry_shape(entry, model, spec.r, new_ids)
         total += rows * columns * len(entry.layers(model))
     return total
+
+
+def adapter_tensors(spec: LoraSpec, model: HFArchitecture) -> int:
+    """How many tensors the whole adapter consists of."""
+    entries = adapter_entries(spec.targets, model, train_new_embeddings=spec.train_new_embeddings)
+    return sum(len(entry.layers(model)) for entry in entries)
 
 
 def frozen_rows_warning(start: LoraStart) -> str | None:
@@ -90,6 +100,15 @@ def _base_now(checkpoint: CheckpointConfig) -> Path | None:
     root = Path(checkpoint.pretrained_checkpoint)
     is_adapter = (root / ADAPTER_FILE).exists() or any(root.glob(f"*/{ADAPTER_FILE}"))
     return None if is_adapter else root
+
+
+def _tie_anew(adapter: Path) -> str:
+    """What to do about a base that has moved where `--pretrained-checkpoint` cannot say so."""
+    tool = "python tools/convert_hf_checkpoint.py"
+    return (
+        f"put it back there, or tie the adapter to where it is now: {tool} export --load {adapter} "
+        f"--adapter-only --hf-path DIR, then {tool} import --adapter DIR --load BASE --save NEW"
+    )
 
 
 def _differences(directory: Path, before: LoraSpec, now: LoraSpec, *, with_dropout: bool) -> list[str]:

@@ -19,7 +19,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import DistributedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.transformer.module import Float16Module
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from torch import Tensor
 
 from usdm_megatron.config import OptimizerConfig as AdamConfig
@@ -172,12 +173,32 @@ class AdamW:
         """Bytes of masters and moments on this rank."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._states.tensors())
 
+    def own_state_bytes(self) -> int:
+        """Bytes of masters and moments, each on one rank; their sum is what one process would have.
+
+        Without fp32 masters, which are the weights themselves, and without step counts.
+        """
+        weights = {_memory(parameter) for chunk in self._chunks for parameter in chunk.parameters()}
+        tp_group = getattr(self._sharded, "tp_group", None)
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for parameter, tensors in self._states.by_parameter()
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tp_group)
+            for tensor in tensors
+            if tensor.dim() > 0 and _memory(tensor) not in weights
+        )
+
     def owned_part(self, parameter: Tensor) -> range:
         """Which elements of `parameter`, flattened, this replica updates; it may be none of them."""
         if parameter not in self._sharded.model_param_gbuf_map:
             return range(0)
         own = self._sharded._get_model_param_range_map(parameter)["param"]
         return range(own.start, own.end)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Two tensors with the same number are views of the same memory."""
+    return tensor.untyped_storage().data_ptr()
 
 
 @contextmanager

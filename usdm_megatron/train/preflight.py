@@ -15,6 +15,7 @@ from usdm_megatron.data.order import RowOrder, rows_of_steps
 from usdm_megatron.data.token_store import TokenStore
 from usdm_megatron.errors import CheckpointError, ConfigError, DataError
 from usdm_megatron.layout import ParallelLayout
+from usdm_megatron.model.lora.names import highest_rank
 from usdm_megatron.pipeline_stages import layout_chunks
 from usdm_megatron.recipes import Task
 from usdm_megatron.runtime.deterministic import determinism_problems
@@ -176,11 +177,17 @@ def build_valid_order(config: RunConfig, layout: ParallelLayout, store_rows: int
 
 
 def _lora_problems(config: RunConfig, facts: CheckpointFacts) -> list[str]:
-    """What leaves adapters nothing to train."""
-    if not config.lora.enabled:
+    """What leaves adapters nothing to train, and those that are larger than what they adapt."""
+    spec = config.lora.spec
+    if spec is None:
         return []
     problems = []
-    if config.lora.train_new_embeddings and not facts.vocabulary.has_speech:
+    if spec.r > (highest := highest_rank(spec.targets, facts.architecture)):
+        problems.append(
+            f"lora: r is {spec.r}; no change of {' '.join(sorted(spec.targets))} in {facts.directory} has a "
+            f"rank above {highest}, its smaller side; set --lora-r to {highest} or less"
+        )
+    if spec.train_new_embeddings and not facts.vocabulary.has_speech:
         problems.append(
             f"lora: {facts.directory} has no speech ids whose rows could train; extend its vocabulary "
             "when it is converted (import --extend-vocab usdm), or give --no-train-new-embeddings"

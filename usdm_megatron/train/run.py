@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from usdm_megatron.vocab import Vocabulary
 
 EXIT_FILE = "exit.json"
+_STEP_COUNT_BYTES = 4
 _PAD_MULTIPLE = 64  # tokens, on each tensor parallel rank: matrices whose sides suit a GPU's tiles
 
 
@@ -176,7 +177,8 @@ def _assemble(plan: RunPlan, groups: ProcessGroups, stack: ExitStack) -> tuple[L
     )
     stack.callback(reporter.close)
     if start.lora is not None:
-        _announce_lora(plan, start.lora, _sum_over_ranks(engine.optimizer.state_bytes(), groups), reporter)
+        state_bytes = _sum_over_ranks(engine.optimizer.own_state_bytes(), groups)
+        _announce_lora(plan, start.lora, state_bytes, reporter)
     _announce(plan, engine.parameters, groups, reporter)
     state = start.state or TrainState(
         task=config.task, step=0, consumed_rows=0, train_store=plan.train_store.identity, layout={}
@@ -278,8 +280,8 @@ def _announce(plan: RunPlan, parameters: int, groups: ProcessGroups, reporter: A
         reporter.event(0, "start", path=str(plan.start.directory))
 
 
-def _announce_lora(plan: RunPlan, lora: LoraStart, optimizer_bytes: int, reporter: Any) -> None:
-    from usdm_megatron.train.lora_start import frozen_rows_warning, trainable_parameters
+def _announce_lora(plan: RunPlan, lora: LoraStart, state_bytes: int, reporter: Any) -> None:
+    from usdm_megatron.train.lora_start import adapter_tensors, frozen_rows_warning, trainable_parameters
 
     spec = lora.facts.spec
     trainable = trainable_parameters(spec, plan.architecture, plan.facts.vocabulary)
@@ -288,7 +290,8 @@ def _announce_lora(plan: RunPlan, lora: LoraStart, optimizer_bytes: int, reporte
         "lora",
         base=str(lora.base),
         trainable_parameters=trainable,
-        optimizer_bytes=optimizer_bytes,
+        # as one AdamW over the whole adapter: shards of a tensor have a step count each, it has one
+        optimizer_bytes=state_bytes + _STEP_COUNT_BYTES * adapter_tensors(spec, plan.architecture),
     )
     if (warning := frozen_rows_warning(lora)) is not None:
         reporter.event(plan.start.step, "warning", why=warning)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from usdm_megatron.config import RunConfig
 from usdm_megatron.config_file import dump_config
 from usdm_megatron.layout import ParallelLayout
 from usdm_megatron.model.lora.state import adapter_part, base_part, load_adapter, load_base
-from usdm_megatron.runtime.process_groups import ProcessGroups
+from usdm_megatron.runtime.process_groups import ProcessGroups, seed_rank
 from usdm_megatron.runtime.random_state import get_random_state, set_random_state
 from usdm_megatron.train.lora_start import LoraStart
 from usdm_megatron.train.optimizer import AdamW
@@ -114,7 +115,13 @@ class RunCheckpoints:
         same_device = states.size(1) == get_random_state().numel()
         if ParallelLayout(**state.layout) == self._groups.layout and same_device:
             set_random_state(states[self._groups.rank])
-        # at another layout, or on another kind of device, they mean nothing: the run goes on from its seed
+        else:  # at another layout, or on another kind of device, they mean nothing
+            self._seed_anew(state.step)
+
+    def _seed_anew(self, step: int) -> None:
+        """Dropout from the seed and the step: from the seed alone it would repeat the run's first steps."""
+        (seed,) = np.random.SeedSequence([self._config.training.seed, step]).generate_state(1).tolist()
+        seed_rank(seed, self._groups.coordinates)
 
     def _sharded_chunks(self) -> dict[str, Any]:
         return {f"chunk_{index}": chunk.sharded_state_dict() for index, chunk in enumerate(self._chunks)}

@@ -67,6 +67,22 @@ def projections_of(linear: str) -> tuple[Projection, ...]:
     return tuple(projection for projection in PROJECTIONS if projection.linear == linear)
 
 
+def target_of_module(name: str) -> str | None:
+    """The target that `name` in PEFT's `target_modules` means: one, or the end of a module's path to it.
+
+    `self_attn.q_proj` and `model.layers.1.self_attn.q_proj` mean q_proj; None for what names no module.
+    """
+    parts = name.split(".")
+    for projection in PROJECTIONS:
+        path = ["model", "layers", "{layer}", *projection.hf_module.split(".")]
+        if len(parts) <= len(path) and all(
+            part.isdecimal() if expected == "{layer}" else part == expected
+            for part, expected in zip(parts, path[-len(parts) :], strict=True)
+        ):
+            return projection.target
+    return None
+
+
 @dataclass(frozen=True)
 class AdapterEntry:
     """One trained tensor: its key in a checkpoint and its name in PEFT; `{layer}` is the layer's number.
@@ -149,6 +165,12 @@ def entry_shape(entry: AdapterEntry, model: HFArchitecture, r: int, new_ids: int
     }
     rows, columns = entry.shape
     return sizes[rows], sizes[columns]
+
+
+def highest_rank(targets: Collection[str], model: HFArchitecture) -> int:
+    """What no `B·A` of these targets can exceed: the smaller side of the largest projection among them."""
+    factors = [_FACTORS[target] for target in targets]
+    return max(min(entry_shape(a, model, 0)[1], entry_shape(b, model, 0)[0]) for a, b in factors)
 
 
 def is_adapter_key(name: str) -> bool:

@@ -112,7 +112,7 @@ def _work(step: StepTime) -> float:
 
 
 def _predict(options: Options, gpu: Path, sizes: tuple[int, int, int]) -> PlannedLayout:
-    rows = open_rows([str(options.directory / "data")], [1])  # type: ignore[list-item]
+    rows = open_rows([str(options.directory / "data")], [1])  # type: ignore[list-item]  # ints are fractions
     request = PlanRequest(
         model=find_model(str(options.directory / "checkpoint")),
         hardware=find_hardware(str(gpu)),

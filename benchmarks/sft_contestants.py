@@ -160,7 +160,7 @@ def _ours(job: Job, turns: Turns) -> None:
         turns.loss = result[0].losses.objective
         return result
 
-    Loop._train_step = train_step  # type: ignore[assignment,method-assign]
+    Loop._train_step = train_step  # type: ignore[assignment,method-assign]  # to time it
     run_training(_config(job), RankEnvironment())
 
 

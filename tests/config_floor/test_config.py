@@ -413,7 +413,7 @@ def test_all_problems_come_at_once() -> None:
 
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RunConfig().data.seq_length = 1  # type: ignore[misc]
+        RunConfig().data.seq_length = 1  # type: ignore[misc]  # frozen
 
 
 def test_tables_of_defaults_name_existing_fields() -> None:

@@ -242,7 +242,7 @@ def test_a_sample_by_hand() -> None:
             assert count == 5  # a boundary, and two choices for either segment
             return np.array([0.5, 0.9, 0.9, 0.9, 0.1])
 
-    sample = interleave(spans, unit_ids, encode, VOCABULARY, Draws())  # type: ignore[arg-type]
+    sample = interleave(spans, unit_ids, encode, VOCABULARY, Draws())  # type: ignore[arg-type]  # a stand-in
     u = VOCABULARY.first_unit_id
     # The boundary at 300 is as near to 200 as to 400: the lower one. Text and units, then text alone.
     assert sample.tolist() == [

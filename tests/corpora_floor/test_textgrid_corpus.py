@@ -161,7 +161,7 @@ def test_other_encodings(grids: dict[str, Path], tmp_path: Path) -> None:
 )
 def test_what_is_no_word_tier(grids: dict[str, Path], tmp_path: Path, change: object, detail: str) -> None:
     path = tmp_path / "n.TextGrid"
-    path.write_text(change(grids["long_textgrid"].read_text()))  # type: ignore[operator]
+    path.write_text(change(grids["long_textgrid"].read_text()))  # type: ignore[operator]  # a parameter
     with pytest.raises(Rejected) as caught:
         read_word_tier(path)
     assert caught.value.reason == "malformed_textgrid"

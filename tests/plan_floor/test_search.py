@@ -29,7 +29,7 @@ def sizes(entry: object) -> tuple[int, int, int, str]:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.num_virtual_stages_per_pipeline_rank,
-        entry.recompute,  # type: ignore[attr-defined]
+        entry.recompute,  # type: ignore[attr-defined]  # both have it
     )
 
 
@@ -134,7 +134,7 @@ def test_a_layout_is_chosen_by_rank_or_by_sizes(cluster: Plan) -> None:
     ],
 )
 def test_nothing_fits(changes: dict[str, object], says: str) -> None:
-    plan = make_plan(request(**changes))  # type: ignore[arg-type]
+    plan = make_plan(request(**changes))  # type: ignore[arg-type]  # parameters
     assert not plan.layouts
     with pytest.raises(ConfigError) as caught:
         refuse_nothing_fits(plan)

@@ -107,7 +107,7 @@ def test_steady_and_bubble_equal_the_schedule_played_out(pp: int, vpp: int, m: i
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2), (4, 4), (8, 2), (1, 16), (16, 1)])
 @pytest.mark.parametrize("world", [16, 128])
 def test_groups_lie_where_their_ranks_do(world: int, tp: int, pp: int, order: str) -> None:
-    layout = ParallelLayout(world, tp, pp, order=order)  # type: ignore[arg-type]
+    layout = ParallelLayout(world, tp, pp, order=order)  # type: ignore[arg-type]  # a parameter
     axes: tuple[Axis, ...] = ("tp", "dp", "pp")
     for axis in axes:
         link = link_between(layout, even_hardware(), axis)

@@ -183,7 +183,7 @@ def test_the_same_input_gives_the_same_rows_and_another_seed_others(method: Pack
 
     def order(**changes: object) -> list[int]:
         options = {"lengths": lengths, "capacity": 8192, "groups": groups, "seed": 1} | changes
-        return pack(**options, method=method).order.tolist()  # type: ignore[arg-type]
+        return pack(**options, method=method).order.tolist()  # type: ignore[arg-type]  # a parameter
 
     assert order() == order() == order(lengths=lengths.astype(np.uint16), groups=groups.astype(np.int8))
     assert order() == order(lengths=lengths.astype(">i4"))
@@ -241,4 +241,4 @@ def test_samples_that_cannot_be_packed_are_refused_together() -> None:
 def test_impossible_calls(changes: dict[str, object], error: type[Exception], message: str) -> None:
     options: dict[str, object] = {"lengths": np.array([1, 2]), "capacity": 8}
     with pytest.raises(error, match=message):
-        pack(**(options | changes))  # type: ignore[arg-type]
+        pack(**(options | changes))  # type: ignore[arg-type]  # wrong on purpose

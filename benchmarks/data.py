@@ -1,6 +1,7 @@
 """Preprocessing and reading beside their peers: same input, results compared, repetitions interleaved.
 
-    python benchmarks/data.py [--tables packed cache speech-text read] [--tokens 50000000] [--workers 1 2]
+    python benchmarks/data.py [--tables packed cache speech-text read packing] [--tokens 50000000]
+                              [--workers 1 2]
                               [--read-tokens 1000000000] [--repeats 3] [--directory DIR] [--json FILE]
 
 packed        `preprocess_data.py packed`; the original's stage 4: `load_dataset` of the lines, `map` of split
@@ -10,6 +11,7 @@ cache         `preprocess_data.py cache`; a loop over the dataset into Megatron'
               each as it is and with its files synced to disk, as ours are
 speech-text   `preprocess_data.py speech-text` of a JSONL manifest, two epochs; no peer
 read          `TokenStore`; Megatron's `IndexedDataset` and `GPTDataset` over the same files
+packing       best-fit; the original's multipack, with numba (`packing.py`, which has more to set)
 
 Ours also hashes input and output and syncs to disk, the peers do neither unless it is said. CPU time counts
 all processes. Input is in the page cache. Needs about 25 bytes of disk a token of --tokens and 2 a token of
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 # Worker processes import this file: torch, datasets, Megatron and commands are imported where they are used.
+import packing as packing_benchmark
 from data_inputs import save_dataset, write_manifest, write_store, write_text
 from data_peers import builder_loop, gpt_dataset, read_sequences, stage4
 from side_by_side import Contestant, Measured, machine, measure, print_table
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-Table = Literal["packed", "cache", "speech-text", "read"]
+Table = Literal["packed", "cache", "speech-text", "read", "packing"]
 _EPOCHS = 2
 _COMPARED_ROWS = 1000
 
@@ -50,11 +53,13 @@ _COMPARED_ROWS = 1000
 class Options:
     """What to measure."""
 
-    tables: tuple[Table, ...] = ("packed", "cache", "speech-text", "read")
+    tables: tuple[Table, ...] = ("packed", "cache", "speech-text", "read", "packing")
     tokens: int = 50_000_000
     """Of `packed` and `cache`."""
     workers: tuple[int, ...] = (1, 2)
     utterances: int = 10_000
+    samples: int = 1_000_000
+    """Of `packing`."""
     read_tokens: int = 1_000_000_000
     batch_tokens: int = 20_000_000
     """Of them, where micro-batches are made."""
@@ -68,7 +73,10 @@ class Options:
 def main(options: Options) -> None:
     """Measure and print."""
     print(machine())
-    results = {table: run_table(table, options) for table in options.tables}
+    results = {table: run_table(table, options) for table in options.tables if table != "packing"}
+    if "packing" in options.tables:
+        print("\npacking")
+        packing_benchmark.main(packing_benchmark.Options(options.samples, repeats=options.repeats))
     if options.json is not None:
         record = {
             "options": {**asdict(options), "directory": str(options.directory), "json": str(options.json)},

@@ -1,9 +1,10 @@
-"""Two ways of reading that every floor needs: a JSON object, and a file's hash."""
+"""Ways of reading that every floor needs: a JSON object, a file's hash, a mapping of a part of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 import threading
 from collections.abc import Callable
@@ -31,6 +32,20 @@ def file_sha256(
             digest.update(block)
             on_bytes(len(block))
     return digest.hexdigest()
+
+
+def map_privately(path: Path, begin: int, size_bytes: int) -> mmap.mmap:
+    """Map bytes of a file; the mapping is positioned on the first of them and ends behind the last.
+
+    It begins on a page, before them: `tell()` says how far. What is written to it (torch and numpy know
+    no read-only memory of others) stays in this process. A mapping per tensor keeps resident what is in
+    use. Raises `ValueError` when the file is shorter.
+    """
+    start = begin - begin % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), begin + size_bytes - start, access=mmap.ACCESS_COPY, offset=start)
+    mapping.seek(begin - start)
+    return mapping
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_to_hf_is_the_inverse_for_anything_of_the_weights_shape(entry: Any) -> N
     layer = 2 if entry.per_layer else None
     parts = to_hf(entry, gradient, MODEL, layer)
     assert torch.equal(from_hf(entry, parts, MODEL, MODEL.vocab_size, layer), gradient)
-    assert all(part.is_contiguous() and part.data_ptr() != gradient.data_ptr() for part in parts.values())
+    assert all(part.is_contiguous() for part in parts.values())
 
 
 def test_architectures_are_table_entries() -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from usdm_megatron.checkpoint.facts import read_facts, write_json
-from usdm_megatron.checkpoint.integrity import INTEGRITY_FILE, verify_integrity
-from usdm_megatron.checkpoint.resolve import RELEASE, directory_name, list_steps
+from usdm_megatron.checkpoint.integrity import INTEGRITY_FILE
+from usdm_megatron.checkpoint.resolve import RELEASE, NamedCheckpoint, directory_name, list_steps
 from usdm_megatron.errors import CheckpointError, ConfigError
 from usdm_megatron.file_reading import file_sha256
 from usdm_megatron.lora_spec import TARGETS, LoraSpec
@@ -119,12 +119,25 @@ def read_adapter_facts(directory: Path) -> AdapterFacts | None:
 
 
 def resolve_base(facts: AdapterFacts, override: Path | None = None, *, remedy: str = _SAY_WHERE) -> Path:
-    """The verified checkpoint directory of the base: where it lay, or in `override`.
+    """The directory of the base, as `find_base` finds it, verified.
+
+    Reads every byte: in a multi-rank program call it on rank 0. Raises `CheckpointError` when there is no
+    such base, or it is damaged.
+    """
+    base = find_base(facts, override, remedy=remedy)
+    base.verify()
+    return base.path
+
+
+def find_base(
+    facts: AdapterFacts, override: Path | None = None, *, remedy: str = _SAY_WHERE
+) -> NamedCheckpoint:
+    """The checkpoint of the base, not verified yet: where it lay, or in `override`.
 
     `override` (`--pretrained-checkpoint`) is a converted model, a run, or one checkpoint directory; of
     several checkpoints the one with the recorded hash is meant, or else the newest one of the same weights.
-    `remedy` is what to do about a base that is not where it lay. Reads every byte: in a multi-rank program
-    call it on rank 0. Raises `CheckpointError` when there is no such base, or it is damaged.
+    `remedy` is what to do about a base that is not where it lay. Raises `CheckpointError` when there is no
+    such base.
     """
     recorded = Path(facts.base_directory)
     if override is None:
@@ -140,9 +153,7 @@ def resolve_base(facts: AdapterFacts, override: Path | None = None, *, remedy: s
     hashes = {path: file_sha256(path / INTEGRITY_FILE) for path in candidates}
     exact = [path for path, digest in hashes.items() if digest == facts.base.sha256]
     if same := exact or [path for path in candidates if BaseIdentity.of(path).is_of(facts.base)]:
-        if problems := verify_integrity(same[0]):
-            raise CheckpointError(*problems)
-        return same[0]
+        return NamedCheckpoint(same[0])
     found = ", ".join(f"{digest[:12]}…" for digest in list(hashes.values())[:_MOST_HASHES_SAID])
     raise CheckpointError(
         f"{where} is another model than the adapter's base: the sha256 of its {INTEGRITY_FILE} is {found}, "

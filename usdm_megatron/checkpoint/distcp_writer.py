@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from usdm_megatron.checkpoint.mapped_archive import ALIGNMENT_BYTES
 from usdm_megatron.checkpoint.threads import StoppedError, run_in_threads
 from usdm_megatron.errors import CheckpointError, UserError
 
@@ -144,9 +145,10 @@ class DistcpWriter(dcp.FileSystemWriter):
         with HashingStream(self._directory / name, self._on_bytes, stopped) as stream:
             for item in items:
                 data = planner.resolve_data(item)
-                if isinstance(data, torch.Tensor):
-                    data = _compact(data.detach().cpu())
                 try:
+                    if isinstance(data, torch.Tensor):
+                        data = _compact(data.detach().cpu())
+                        stream.write(bytes(-stream.tell() % ALIGNMENT_BYTES))  # it can be mapped then
                     results.append(
                         _write_item(self.transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE)
                     )

@@ -22,6 +22,7 @@ OnBytes = Callable[[int], None]
 ByteProgress = Callable[[str, int], AbstractContextManager[OnBytes]]
 
 INTEGRITY_FILE = "integrity.json"
+_WEIGHTS = ".distcp"
 _THREADS = 4  # hashlib releases the interpreter lock
 
 
@@ -64,12 +65,17 @@ def write_integrity(directory: Path, hashes: Mapping[str, str] | None = None) ->
         os.fsync(file.fileno())
 
 
-def verify_integrity(directory: Path, progress: ByteProgress = no_progress) -> list[str]:
+def verify_integrity(
+    directory: Path, progress: ByteProgress = no_progress, *, weights: bool = True
+) -> list[str]:
     """Every way in which `directory` is not what was written, one sentence each; empty when it is.
 
     What torch opens must be named by `integrity.json`. Other files that it does not name are no problem:
-    nothing reads them.
+    nothing reads them. `weights=False` only looks whether the `.distcp` files are there: all others are
+    small, and read in no time.
     """
+    if not directory.is_dir():
+        return [f"{directory} is missing"]
     path = directory / INTEGRITY_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -91,10 +97,10 @@ def verify_integrity(directory: Path, progress: ByteProgress = no_progress) -> l
     ]
     readable = []
     for name in sorted(files):
-        if (directory / name).is_file():
-            readable.append(name)
-        else:
+        if not (directory / name).is_file():
             problems.append(f"{directory / name} is missing")
+        elif weights or not name.endswith(_WEIGHTS):
+            readable.append(name)
     try:
         total_bytes = sum((directory / name).stat().st_size for name in readable)
         with progress("checking", total_bytes) as on_bytes:
@@ -118,4 +124,4 @@ def _is_outside(name: str) -> bool:
 def _files_that_torch_opens(directory: Path) -> list[str]:
     """Pickles, or files with pickles inside, of a torch_dist checkpoint."""
     names = (path.name for path in directory.iterdir())
-    return sorted(name for name in names if name in (".metadata", "common.pt") or name.endswith(".distcp"))
+    return sorted(name for name in names if name in (".metadata", "common.pt") or name.endswith(_WEIGHTS))

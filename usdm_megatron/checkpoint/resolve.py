@@ -9,6 +9,7 @@ root/release/                            a converted model
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,25 @@ class SkippedCheckpoint:
 
     path: Path  # of the tracker, when that cannot be read
     problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NamedCheckpoint:
+    """The one checkpoint that a directory and a step name: nothing of it was read."""
+
+    path: Path
+    flag: str = ""  # that chose it: said with every problem
+    remedy: tuple[str, ...] = ()  # what else could be taken
+
+    def verify(self, progress: ByteProgress = no_progress) -> None:
+        """Read every byte; raises `CheckpointError` naming each missing or damaged file."""
+        if problems := verify_integrity(self.path, progress):
+            raise self.damaged(problems)
+
+    def damaged(self, problems: Sequence[str]) -> CheckpointError:
+        """The error that says what `verify_integrity` found."""
+        chosen = f" ({self.flag})" if self.flag else ""
+        return CheckpointError(*(f"{problem}{chosen}" for problem in problems), *self.remedy)
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,23 @@ def read_best(root: Path) -> int | None:
     return None if text is None else _parse_step(root / BEST_FILE, text)
 
 
+def name_checkpoint(root: Path | str, ckpt_step: int | Literal["best"] | None = None) -> NamedCheckpoint:
+    """The checkpoint that `root` (a run, a converted model, or one checkpoint directory) means, unverified.
+
+    Without `ckpt_step` it is the one that the tracker names. Raises `CheckpointError` when there is none.
+    """
+    root = _directory(root)
+    if ckpt_step is not None:
+        return NamedCheckpoint(_chosen(root, ckpt_step), f"--ckpt-step {ckpt_step}")
+    if _is_checkpoint(root):
+        return NamedCheckpoint(root)
+    try:
+        path = _candidates(root, read_tracker(root))[0]
+    except CheckpointError as error:
+        raise CheckpointError(*error.problems, *_remedy(root, root / TRACKER_FILE)) from error
+    return NamedCheckpoint(path, remedy=_remedy(root, path))
+
+
 def resolve_checkpoint(
     root: Path | str,
     ckpt_step: int | Literal["best"] | None = None,
@@ -98,35 +135,28 @@ def resolve_checkpoint(
     fallback: bool,
     progress: ByteProgress = no_progress,
 ) -> ResolvedCheckpoint:
-    """The checkpoint that `root` (a run, a converted model, or one checkpoint directory) means.
+    """The checkpoint that `root` and `ckpt_step` mean (as `name_checkpoint`), verified.
 
-    Without `ckpt_step` it is the one that the tracker names. When its hashes do not match,
-    `fallback=True` (resume) goes back to the newest older one that is whole and records what was
-    skipped; `fallback=False` (export, evaluation) never does. A `ckpt_step` is taken or refused.
+    When the hashes of the newest do not match, `fallback=True` (resume) goes back to the newest older
+    one that is whole and records what was skipped; `fallback=False` (export, evaluation) never does. A
+    `ckpt_step` is taken or refused.
 
     Reads every byte, which `progress` shows: in a multi-rank program call it on rank 0 (`on_rank_zero`).
     Raises `CheckpointError` naming each missing or damaged file.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise CheckpointError(f"{root} is not a directory")
-    if ckpt_step is not None:
-        return _verified(_chosen(root, ckpt_step), ckpt_step, progress)
-    if _is_checkpoint(root):
-        return _verified(root, None, progress)
+    root = _directory(root)
+    if not fallback or ckpt_step is not None or _is_checkpoint(root):
+        named = name_checkpoint(root, ckpt_step)
+        named.verify(progress)
+        return ResolvedCheckpoint(named.path, step_of(named.path))
     skipped: list[SkippedCheckpoint] = []
     try:
         newest = read_tracker(root)
-    except CheckpointError as error:  # resume takes the largest number, and says so
-        if not fallback:
-            raise CheckpointError(*error.problems, *_remedy(root, root / TRACKER_FILE)) from error
+    except CheckpointError as error:  # the largest number has to do; it is said
         newest = None
         skipped.append(SkippedCheckpoint(root / TRACKER_FILE, error.problems))
-    candidates = _candidates(root, newest)
-    if not candidates:
-        raise CheckpointError(f"{root} holds no checkpoint (no {TRACKER_FILE}, iter_* or release/)")
-    for path in candidates if fallback else candidates[:1]:
-        problems = verify_integrity(path, progress) if path.is_dir() else [f"{path} is missing"]
+    for path in _candidates(root, newest):
+        problems = verify_integrity(path, progress)
         if not problems:
             return ResolvedCheckpoint(path, step_of(path), tuple(skipped))
         skipped.append(SkippedCheckpoint(path, tuple(problems)))
@@ -138,14 +168,18 @@ def _candidates(root: Path, newest: CheckpointName | None) -> list[Path]:
     """Newest first. The tracker, which says `newest`, decides what is newest, not the largest number.
 
     After a step back (`--ckpt-step 20` in a run that had reached 40) the larger number is the
-    abandoned one. Without a tracker (it was lost) the largest number has to do.
+    abandoned one. Without a tracker (it was lost) the largest number has to do. Raises `CheckpointError`
+    when there are none.
     """
     steps = list_steps(root)
     if newest == RELEASE:
         return [root / RELEASE]
     if newest is None:
         found = [root / directory_name(step) for step in reversed(steps)]
-        return found or ([root / RELEASE] if (root / RELEASE).is_dir() else [])
+        found = found or ([root / RELEASE] if (root / RELEASE).is_dir() else [])
+        if not found:
+            raise CheckpointError(f"{root} holds no checkpoint (no {TRACKER_FILE}, iter_* or release/)")
+        return found
     older = [step for step in steps if step < newest]
     return [root / directory_name(step) for step in (newest, *reversed(older))]
 
@@ -167,18 +201,15 @@ def _chosen(root: Path, ckpt_step: int | Literal["best"]) -> Path:
     return path
 
 
-def _verified(
-    path: Path, ckpt_step: int | Literal["best"] | None, progress: ByteProgress
-) -> ResolvedCheckpoint:
-    if problems := verify_integrity(path, progress):
-        chosen = "" if ckpt_step is None else f" (--ckpt-step {ckpt_step})"
-        raise CheckpointError(*(f"{problem}{chosen}" for problem in problems))
-    return ResolvedCheckpoint(path, step_of(path))
-
-
-def _remedy(root: Path, newest: Path) -> list[str]:
+def _remedy(root: Path, newest: Path) -> tuple[str, ...]:
     others = [str(step) for step in list_steps(root) if step != step_of(newest)]
-    return [f"pick another checkpoint of {root} with --ckpt-step ({', '.join(others)})"] if others else []
+    return (f"pick another checkpoint of {root} with --ckpt-step ({', '.join(others)})",) if others else ()
+
+
+def _directory(root: Path | str) -> Path:
+    if not Path(root).is_dir():
+        raise CheckpointError(f"{root} is not a directory")
+    return Path(root)
 
 
 def _is_checkpoint(directory: Path) -> bool:

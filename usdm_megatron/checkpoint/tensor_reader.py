@@ -6,18 +6,21 @@ Nothing here runs what a pickle says (`metadata_file.py`); damage is found by `r
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from usdm_megatron.checkpoint.common_file import namespace_allowed
+from usdm_megatron.checkpoint.mapped_archive import map_tensor
 from usdm_megatron.checkpoint.metadata_file import read_metadata
 from usdm_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner import ReadItem
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,11 @@ class TensorReader:
     """
 
     def __init__(self, directory: Path) -> None:
-        from torch.distributed.checkpoint import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         metadata = read_metadata(directory)
         entries = metadata.state_dict_metadata
-        self._reader = FileSystemReader(directory)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
         self.directory = directory
         self._entries: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
@@ -55,11 +56,12 @@ class TensorReader:
     def read(self, key: str, layer: int | None = None) -> torch.Tensor:
         """A whole tensor, or with `layer` that layer of one that is stacked over layers; on CPU, as stored.
 
-        Raises `CheckpointError` when there is no such tensor.
+        What lies in the file in one piece is mapped, not copied. What is written to it stays in this
+        process. Raises `CheckpointError` when there is no such tensor, or its bytes are damaged in a way
+        that shows.
         """
         import torch
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-        from torch.distributed.checkpoint.planner import LoadPlan
         from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
         if key not in self._entries:
@@ -69,9 +71,30 @@ class TensorReader:
         if layer is not None:
             sizes, offsets = torch.Size([1, *sizes[1:]]), torch.Size([layer, *offsets[1:]])
         items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(offsets, sizes)])
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
-        self._reader.read_data(LoadPlan(items), cast("LoadPlanner", _Filling({key: target}))).wait()
-        return target if layer is None else target[0]
+        if len(items) == 1 and items[0].lengths == sizes:
+            tensor = self._piece(items[0])
+        else:
+            tensor = torch.empty(sizes, dtype=entry.properties.dtype)
+            for item in items:
+                _narrowed(tensor, item.dest_offsets, item.lengths).copy_(self._piece(item))
+        return tensor if layer is None else tensor[0]
+
+    def _piece(self, item: ReadItem) -> torch.Tensor:
+        """The part of one stored chunk that `item` asks for."""
+        place = self._places[item.storage_index]
+        path = self.directory / place.relative_path
+        key, entry = item.storage_index.fqn, self._entries[item.storage_index.fqn]
+        try:
+            if place.transform_descriptors:
+                raise ValueError(
+                    f"is transformed by {place.transform_descriptors[0]}, which is not supported"
+                )
+            chunk = map_tensor(path, place.offset, place.length)
+            if chunk.dtype != entry.properties.dtype:
+                raise ValueError(f"holds values of {chunk.dtype}, described as {entry.properties.dtype}")
+            return _narrowed(chunk, item.storage_offsets, item.lengths)
+        except Exception as error:  # torch raises a dozen types on bytes that it did not write
+            raise CheckpointError(f"{path}: {key} cannot be read: {error}") from error
 
     def check_objects(self) -> None:
         """Refuse objects that hold more than plain values and tensors, or cannot be read.
@@ -81,7 +104,7 @@ class TensorReader:
         import torch
 
         problems = []
-        for index, place in self._reader.storage_data.items():
+        for index, place in self._places.items():
             if index.fqn not in self.objects:
                 continue
             try:
@@ -100,17 +123,7 @@ class TensorReader:
             raise CheckpointError(*problems)
 
 
-class _Filling:
-    """The part of torch's `LoadPlanner` that `read_data` calls: where each piece goes."""
-
-    def __init__(self, targets: dict[str, torch.Tensor]) -> None:
-        self._targets = targets
-
-    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
-        target = self._targets[item.dest_index.fqn]
-        for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            target = target.narrow(axis, start, length)
-        return target
-
-    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        """The tensor was filled in place."""
+def _narrowed(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor

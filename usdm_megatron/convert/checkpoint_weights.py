@@ -11,6 +11,7 @@ import torch
 from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.adapter_facts import read_adapter_facts
 from usdm_megatron.checkpoint.facts import CheckpointFacts, read_facts
+from usdm_megatron.checkpoint.integrity import ByteProgress
 from usdm_megatron.checkpoint.resolve import resolve_checkpoint
 from usdm_megatron.checkpoint.tensor_reader import TensorReader
 from usdm_megatron.convert.name_table import ArchitectureTable, Entry, architecture_table, core_shape, to_hf
@@ -22,7 +23,7 @@ from usdm_megatron.errors import CheckpointError, ConversionError
 
 @dataclass(frozen=True)
 class CheckpointWeights:
-    """The weights of one verified checkpoint."""
+    """The weights of one checkpoint; whoever opened them has it verified."""
 
     facts: CheckpointFacts
     table: ArchitectureTable
@@ -55,13 +56,18 @@ class CheckpointWeights:
         }
 
 
-def chosen_checkpoint(options: ExportOptions) -> Path:
+def chosen_checkpoint(options: ExportOptions, progress: ByteProgress = byte_progress) -> Path:
     """The (verified) checkpoint directory to export, of the kind that the flags ask for.
 
     Raises `CheckpointError` for a damaged checkpoint, `ConversionError` when the flags do not go with it.
     """
-    resolved = resolve_checkpoint(options.load, options.ckpt_step, fallback=False, progress=byte_progress)
-    directory = resolved.path
+    resolved = resolve_checkpoint(options.load, options.ckpt_step, fallback=False, progress=progress)
+    require_kind(resolved.path, options)
+    return resolved.path
+
+
+def require_kind(directory: Path, options: ExportOptions) -> None:
+    """Refuse (`ConversionError`) an adapter where the flags ask for a model, and the other way round."""
     if read_adapter_facts(directory) is None:
         for name in ("adapter_only", "merge_lora"):
             if getattr(options, name):
@@ -73,11 +79,10 @@ def chosen_checkpoint(options: ExportOptions) -> Path:
             f"{directory} holds a LoRA adapter without its base; say --adapter-only for a PEFT adapter, or "
             "--merge-lora for a model with the adapter added"
         )
-    return directory
 
 
 def open_weights(directory: Path) -> CheckpointWeights:
-    """Check that a (verified) checkpoint holds exactly this architecture's weights; reads none of them.
+    """Check that a checkpoint holds exactly this architecture's weights; reads none of them.
 
     Raises `CheckpointError` naming each tensor that is missing or of another shape.
     """

@@ -14,9 +14,19 @@ from typing import Any
 
 import torch
 
+from usdm_megatron.checkpoint.adapter_facts import find_base
+from usdm_megatron.checkpoint.background_verification import BackgroundVerification
 from usdm_megatron.checkpoint.facts import GENERATION_CONFIG_FILE, CheckpointFacts
+from usdm_megatron.checkpoint.integrity import ByteProgress
+from usdm_megatron.checkpoint.resolve import NamedCheckpoint, name_checkpoint
 from usdm_megatron.checkpoint.threads import run_in_threads
-from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, chosen_checkpoint, open_weights
+from usdm_megatron.convert.adapter_weights import AdapterWeights, open_adapter
+from usdm_megatron.convert.checkpoint_weights import (
+    CheckpointWeights,
+    chosen_checkpoint,
+    open_weights,
+    require_kind,
+)
 from usdm_megatron.convert.destination import require_space
 from usdm_megatron.convert.export_target import (
     ExportSummary,
@@ -31,7 +41,7 @@ from usdm_megatron.convert.merge_lora import open_merged
 from usdm_megatron.convert.model_card import model_card
 from usdm_megatron.convert.name_table import ArchitectureTable
 from usdm_megatron.convert.options import ExportOptions
-from usdm_megatron.convert.progress import byte_progress
+from usdm_megatron.convert.progress import byte_display
 from usdm_megatron.convert.safetensors_writer import (
     INDEX_FILE,
     ShardPlan,
@@ -63,15 +73,18 @@ class ExportPlan:
 def run_export(options: ExportOptions) -> ExportSummary:
     """Write the Hugging Face directory under a temporary name and rename it when all of it is there.
 
-    A damaged checkpoint is refused, never replaced by an older one. Peak memory is `options.workers`
-    tensors. Raises `CheckpointError` or `ConversionError`.
+    A damaged checkpoint is refused, never replaced by an older one: its weights are hashed while they are
+    read. Peak memory is `options.workers` tensors. Raises `CheckpointError` or `ConversionError`.
     """
-    plan = _open_plan(options)
-    published = publish(
-        options.hf_path,
-        plan.size_bytes,
-        lambda directory: _write_directory(plan, directory, options.workers),
-    )
+    with byte_display() as progress:
+        source = _choose(options, progress)
+        with BackgroundVerification(source.model, progress) as verification:
+            plan = _open_plan(source, options)
+
+            def write(directory: Path) -> None:
+                _write_directory(plan, verification, directory, options.workers, progress)
+
+            published = publish(options.hf_path, plan.size_bytes, write)
     return ExportSummary(
         path=options.hf_path,
         checkpoint=plan.weights.facts.directory,
@@ -85,7 +98,10 @@ def run_export(options: ExportOptions) -> ExportSummary:
 
 def dry_run(options: ExportOptions) -> str:
     """What `run_export` would do, tensor by tensor."""
-    plan = _open_plan(options)
+    with byte_display() as progress:
+        source = _choose(options, progress)
+        source.model.verify(progress)
+    plan = _open_plan(source, options)
     require_space(options.hf_path, plan.size_bytes)
     weights = plan.weights
     lines = [
@@ -131,24 +147,52 @@ def exported_generation_config(facts: CheckpointFacts, config: dict[str, Any]) -
     return {**record, **ids}
 
 
-def _open_plan(options: ExportOptions) -> ExportPlan:
+@dataclass(frozen=True)
+class _Source:
+    """What the flags choose."""
+
+    model: NamedCheckpoint  # not verified yet
+    adapter: AdapterWeights | None  # to be merged into it
+
+
+def _choose(options: ExportOptions, progress: ByteProgress) -> _Source:
     require_replaceable(options.hf_path, CONFIG_FILE, overwrite=options.overwrite)
-    checkpoint = chosen_checkpoint(options)
     if options.merge_lora:
-        weights: CheckpointWeights = open_merged(checkpoint, options.pretrained_checkpoint)
+        adapter = open_adapter(chosen_checkpoint(options, progress))
+        return _Source(find_base(adapter.adapter, options.pretrained_checkpoint), adapter)
+    return _Source(name_checkpoint(options.load, options.ckpt_step), None)
+
+
+def _open_plan(source: _Source, options: ExportOptions) -> ExportPlan:
+    directory = source.model.path
+    weights: CheckpointWeights
+    if source.adapter is not None:
+        weights = open_merged(source.adapter, directory)
     else:
-        weights = open_weights(checkpoint)
+        require_kind(directory, options)
+        weights = open_weights(directory)
     weight_type = weights.weight_type if options.dtype == "auto" else options.dtype
     shards = plan_shards(weights.table.hf_shapes(weights.model), weight_type, options.max_shard_bytes)
     return ExportPlan(weights, weight_type, shards)
 
 
-def _write_directory(plan: ExportPlan, directory: Path, workers: int) -> None:
+def _write_directory(
+    plan: ExportPlan,
+    verification: BackgroundVerification,
+    directory: Path,
+    workers: int,
+    progress: ByteProgress,
+) -> None:
     """Everything of the directory; `integrity.json` last."""
     weights = plan.weights
-    with byte_progress("exporting", plan.size_bytes) as progress:
-        tasks = [partial(_write_shard, plan, shard, directory, progress) for shard in plan.shards]
-        written = run_in_threads(tasks, workers)
+    with progress("exporting", plan.size_bytes) as on_bytes:
+        tasks = [partial(_write_shard, plan, shard, directory, on_bytes) for shard in plan.shards]
+        try:
+            written = run_in_threads(tasks, workers)
+        except Exception:
+            verification.require_whole()  # damaged bytes explain whatever else went wrong
+            raise
+        verification.require_whole()
     if problems := [problem for shard in written for problem in shard.problems]:
         raise ConversionError(*problems)
     hashes = {shard.file: shard.sha256 for shard in written}

@@ -19,6 +19,7 @@ from usdm_megatron.convert.foreign_bytes import escaped, first_problems, is_file
 from usdm_megatron.convert.name_table import ArchitectureTable
 from usdm_megatron.convert.safetensors_header import SourceTensor, read_header
 from usdm_megatron.errors import ConversionError
+from usdm_megatron.file_reading import map_privately
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,23 +52,12 @@ class HFSource:
         dtype = _TORCH_TYPES[tensor.dtype]
         if not tensor.size_bytes:
             return torch.empty(tensor.shape, dtype=dtype)
-        # A mapping per tensor, so that resident memory is what is in use; private, because torch knows
-        # no read-only tensors.
-        start = tensor.begin - tensor.begin % mmap.ALLOCATIONGRANULARITY
         try:
-            with path.open("rb") as file:
-                mapping = mmap.mmap(
-                    file.fileno(),
-                    tensor.begin + tensor.size_bytes - start,
-                    access=mmap.ACCESS_COPY,
-                    offset=start,
-                )
-        except (OSError, ValueError) as error:  # ValueError: beyond the end of the file
+            mapping = map_privately(path, tensor.begin, tensor.size_bytes)
+        except (OSError, ValueError) as error:
             raise ConversionError(f"{path} changed while it was read: {error}") from error
         mapping.madvise(mmap.MADV_WILLNEED)  # one request for the whole tensor instead of one a fault
-        data = torch.frombuffer(
-            mapping, dtype=torch.uint8, offset=tensor.begin - start, count=tensor.size_bytes
-        )
+        data = torch.frombuffer(mapping, dtype=torch.uint8, offset=mapping.tell(), count=tensor.size_bytes)
         if tensor.begin % dtype.itemsize:  # upstream aligns tensors, the format does not ask for it
             data = data.clone()
         return data.view(dtype).view(tensor.shape)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from usdm_megatron.checkpoint.adapter_facts import resolve_base
-from usdm_megatron.convert.adapter_weights import AdapterWeights, open_adapter
+from usdm_megatron.convert.adapter_weights import AdapterWeights
 from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, open_weights
 from usdm_megatron.convert.name_table import Entry
 
@@ -26,13 +25,12 @@ class MergedWeights(CheckpointWeights):
         return tensors
 
 
-def open_merged(directory: Path, base: Path | None) -> MergedWeights:
-    """The adapter of a (verified) checkpoint over its base: where it lay, or in `base`; reads no weights.
+def open_merged(adapter: AdapterWeights, base: Path) -> MergedWeights:
+    """An adapter over its base, the checkpoint directory that `find_base` found; reads no weights.
 
-    Raises `CheckpointError` when either is not what it should be.
+    Raises `CheckpointError` when the base is not what it should be.
     """
-    adapter = open_adapter(directory)
-    weights = open_weights(resolve_base(adapter.adapter, base))
+    weights = open_weights(base)
     return MergedWeights(
         adapter.facts, weights.table, weights.model, weights.weight_type, weights.reader, adapter
     )

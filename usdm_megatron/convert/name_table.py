@@ -220,7 +220,8 @@ def to_hf(
 ) -> dict[str, torch.Tensor]:
     """The HF tensors by name from the core tensor of one entry (of one layer); inverse of `from_hf`.
 
-    Also for anything of the weight's shape: gradients, optimizer moments. Contiguous copies.
+    Also for anything of the weight's shape: gradients, optimizer moments. The results are contiguous and may
+    share memory with `tensor`.
     """
     parts: tuple[torch.Tensor, ...]
     match entry.arrangement:
@@ -234,8 +235,7 @@ def to_hf(
             parts = tensor.chunk(2, dim=0)
         case Arrangement.VOCABULARY:
             parts = (tensor[: model.vocab_size],)
-    copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return dict(zip(entry.hf_names(layer), copies, strict=True))
+    return dict(zip(entry.hf_names(layer), (part.contiguous() for part in parts), strict=True))
 
 
 def entry_of_parameter(name: str, table: ArchitectureTable = _TABLES[MISTRAL]) -> tuple[Entry, int | None]:

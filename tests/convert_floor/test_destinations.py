@@ -43,6 +43,14 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def large_checkpoint(large_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`large_model`, converted."""
+    root = tmp_path_factory.mktemp("large checkpoint")
+    run_import(ImportOptions(hf_path=str(large_model), save=root))
+    return root
+
+
 # ── what is there already ──
 
 
@@ -146,22 +154,27 @@ def test_a_full_disk_is_one_error_that_names_the_destination(
 # ── stopped ──
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_conversion_soon_and_leave_nothing(
-    large_model: Path, tmp_path: Path, number: signal.Signals, code: int
+    large_model: Path, large_checkpoint: Path, tmp_path: Path, command: str, number: signal.Signals, code: int
 ) -> None:
-    root, scratch = tmp_path / "ck", tmp_path / "tmp"
+    target, scratch = tmp_path / "out" / "target", tmp_path / "tmp"
     scratch.mkdir()
+    arguments, at_work = {
+        "import": (["--hf-path", large_model, "--save", target], "target/release.tmp-*/*.distcp"),
+        "export": (["--load", large_checkpoint, "--hf-path", target], "target.tmp-*/*.safetensors"),
+    }[command]
     process = subprocess.Popen(
-        [sys.executable, str(TOOL), "import", "--hf-path", str(large_model), "--save", str(root)],
+        [sys.executable, str(TOOL), command, *map(str, arguments)],
         env={**os.environ, "TMPDIR": str(scratch)},
         stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and not list(root.glob("release.tmp-*/*.distcp")):
+    while process.poll() is None and not list(target.parent.glob(at_work)):
         time.sleep(0.005)
     process.send_signal(number)
     assert process.wait(60) == code
-    assert not root.exists() and list(scratch.iterdir()) == []
+    assert list(tmp_path.glob("out/*")) == [] and list(scratch.iterdir()) == []
 
 
 def test_when_one_task_fails_the_others_give_up_at_their_next_block(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def map_tensor(path: Path, offset: int, length: int) -> torch.Tensor:
     if not isinstance(stored, torch.Tensor):
         raise ValueError(f"holds a {type(stored).__name__} and no tensor")
     if not stored.numel():
-        return torch.empty(stored.shape, dtype=stored.dtype)
+        return torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype)
     begin, size_bytes = _values(archive)
     archive.madvise(mmap.MADV_WILLNEED)  # one request for the whole tensor instead of one a fault
     values = torch.frombuffer(archive, dtype=torch.uint8, offset=begin, count=size_bytes)

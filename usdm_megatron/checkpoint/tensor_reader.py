@@ -71,7 +71,11 @@ class TensorReader:
         if layer is not None:
             sizes, offsets = torch.Size([1, *sizes[1:]]), torch.Size([layer, *offsets[1:]])
         items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(offsets, sizes)])
-        if len(items) == 1 and items[0].lengths == sizes:
+        if sum(item.lengths.numel() for item in items) != sizes.numel():
+            raise CheckpointError(
+                f"{self.directory} does not hold all of {key}: .metadata names too few chunks"
+            )
+        if len(items) == 1:
             tensor = self._piece(items[0])
         else:
             tensor = torch.empty(sizes, dtype=entry.properties.dtype)

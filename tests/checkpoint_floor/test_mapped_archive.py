@@ -1,0 +1,107 @@
+"""What is mapped is what torch reads, for anything that `torch.save` writes; the file never changes."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from usdm_megatron.checkpoint.mapped_archive import map_tensor
+
+TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
+
+
+def saved(content: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def written(path: Path, archive: bytes, before: int = 0) -> tuple[Path, int, int]:
+    """`archive` between other bytes, as in a `.distcp` file: what `map_tensor` takes."""
+    path.write_bytes(b"\xa5" * before + archive + b"\x5a" * 99)
+    return path, before, len(archive)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from(TYPES),
+    shape=st.lists(st.integers(0, 5), max_size=4),
+    before=st.integers(0, 9000),
+    data=st.data(),
+)
+def test_what_is_mapped_is_what_torch_reads(
+    tmp_path_factory: pytest.TempPathFactory,
+    dtype: torch.dtype,
+    shape: list[int],
+    before: int,
+    data: st.DataObject,
+) -> None:
+    """With any strides, at any place in the file, aligned or not."""
+    order = data.draw(st.permutations(range(len(shape))))
+    values = torch.randint(0, 2, shape) if dtype == torch.bool else torch.randn(shape) * 50
+    tensor = values.to(dtype).permute(order)
+    archive = saved(tensor)
+    place = written(tmp_path_factory.mktemp("archive") / "a.distcp", archive, before)
+    mapped, read = map_tensor(*place), torch.load(io.BytesIO(archive), weights_only=True)
+    assert mapped.dtype == dtype and mapped.stride() == read.stride()
+    assert mapped.shape == tensor.shape and torch.equal(mapped, tensor)
+
+
+def test_a_part_of_a_storage_keeps_its_place(tmp_path: Path) -> None:
+    part = torch.arange(24.0).reshape(4, 6)[1:3, 2:5]  # torch.save writes all 24 values
+    mapped = map_tensor(*written(tmp_path / "a", saved(part)))
+    assert mapped.storage_offset() == 8 and torch.equal(mapped, part)
+
+
+def test_values_are_those_of_the_file_and_not_a_copy(tmp_path: Path) -> None:
+    """Until somebody writes to them: that stays here."""
+    place = written(tmp_path / "a", saved(torch.arange(4096.0)), before=64)
+    content = place[0].read_bytes()
+    mapped = map_tensor(*place)
+    position = content.index(torch.arange(4096.0).numpy().tobytes())
+    with place[0].open("r+b") as file:
+        file.seek(position)
+        file.write(torch.tensor([7.0]).numpy().tobytes())
+    assert mapped[0] == 7
+    mapped[1:] = -1
+    assert place[0].read_bytes()[position + 4 :] == content[position + 4 :]
+
+
+def compressed(archive: bytes) -> bytes:
+    stream = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(archive)) as files,
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for file in files.infolist():
+            target.writestr(file.filename, files.read(file))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("archive", "match"),
+    [
+        (saved({"a": torch.ones(2)}), "holds a dict and no tensor"),
+        (saved(3), "holds a int and no tensor"),
+        (compressed(saved(torch.ones(2))), "not compressed"),
+        (saved(torch.ones(2))[:-30], ""),
+        (b"not a zip archive, but long enough to look", ""),
+    ],
+)
+def test_other_archives_are_refused(tmp_path: Path, archive: bytes, match: str) -> None:
+    with pytest.raises(Exception, match=match):
+        map_tensor(*written(tmp_path / "a", archive))
+
+
+def test_a_file_that_is_too_short_is_refused_before_it_is_touched(tmp_path: Path) -> None:
+    path, offset, length = written(tmp_path / "a", saved(torch.ones(9000)))
+    with path.open("r+b") as file:
+        file.truncate(length - 1)
+    with pytest.raises(ValueError, match="mmap length is greater than file size"):
+        map_tensor(path, offset, length)

@@ -19,7 +19,8 @@ from usdm_megatron.checkpoint import integrity
 from usdm_megatron.convert import export_hf
 from usdm_megatron.convert.export_hf import dry_run, run_export
 from usdm_megatron.convert.import_hf import run_import
-from usdm_megatron.convert.options import ExportOptions, ImportOptions
+from usdm_megatron.convert.options import ExportOptions, ImportOptions, VerifyOptions
+from usdm_megatron.convert.verify_weights import compare_weights
 from usdm_megatron.errors import CheckpointError
 from usdm_megatron.lora_spec import LoraSpec
 
@@ -153,6 +154,15 @@ def test_each_byte_of_the_weights_is_hashed_once(whole: Path, tmp_path: Path, mo
     monkeypatch.setattr(integrity, "file_sha256", counted)
     run_export(ExportOptions(load=whole, hf_path=tmp_path / "hf"))
     assert sorted(name for name in hashed if name.endswith(".distcp")) == ["__0_0.distcp", "__0_1.distcp"]
+
+
+def test_a_comparison_names_the_damaged_file_and_not_the_tensor(checkpoint: Path, whole: Path) -> None:
+    flip(checkpoint / "release" / "__0_0.distcp", 4000)  # in a value: it can be read, and differs
+    options = VerifyOptions(hf_path=str(whole.parent / "hf"), load=checkpoint, mode="weights")
+    with pytest.raises(CheckpointError) as refused:
+        compare_weights(options)
+    (problem,) = refused.value.problems
+    assert problem.startswith(f"{checkpoint / 'release' / '__0_0.distcp'} differs")
 
 
 @pytest.mark.parametrize("part", ["base", "adapter"])

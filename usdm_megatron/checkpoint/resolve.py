@@ -52,6 +52,14 @@ class NamedCheckpoint:
         if problems := verify_integrity(self.path, progress):
             raise self.damaged(problems)
 
+    def verify_facts(self, progress: ByteProgress = no_progress) -> None:
+        """Verify all files but the weights, which are only looked for: that takes no time.
+
+        Raises `CheckpointError` naming each missing or damaged file, then of the weights, too.
+        """
+        if problems := verify_integrity(self.path, weights=False):
+            raise self.damaged(verify_integrity(self.path, progress) or problems)
+
     def damaged(self, problems: Sequence[str]) -> CheckpointError:
         """The error that says what `verify_integrity` found."""
         chosen = f" ({self.flag})" if self.flag else ""

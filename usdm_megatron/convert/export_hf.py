@@ -6,7 +6,7 @@ A LoRA checkpoint becomes a model with `--merge-lora`; the adapter alone is `pef
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from usdm_megatron.checkpoint.adapter_facts import find_base
-from usdm_megatron.checkpoint.background_verification import BackgroundVerification
+from usdm_megatron.checkpoint.background_verification import verified_meanwhile
 from usdm_megatron.checkpoint.facts import GENERATION_CONFIG_FILE, CheckpointFacts
 from usdm_megatron.checkpoint.integrity import ByteProgress
 from usdm_megatron.checkpoint.resolve import NamedCheckpoint, name_checkpoint
@@ -78,13 +78,14 @@ def run_export(options: ExportOptions) -> ExportSummary:
     """
     with byte_display() as progress:
         source = _choose(options, progress)
-        with BackgroundVerification(source.model, progress) as verification:
-            plan = _open_plan(source, options)
+        plan = _open_plan(source, options)
 
-            def write(directory: Path) -> None:
-                _write_directory(plan, verification, directory, options.workers, progress)
+        def write(directory: Path) -> None:
+            with verified_meanwhile(source.model, progress):
+                written = _write_weights(plan, directory, options.workers, progress)
+            _write_rest(plan, directory, written)
 
-            published = publish(options.hf_path, plan.size_bytes, write)
+        published = publish(options.hf_path, plan.size_bytes, write)
     return ExportSummary(
         path=options.hf_path,
         checkpoint=plan.weights.facts.directory,
@@ -151,7 +152,7 @@ def exported_generation_config(facts: CheckpointFacts, config: dict[str, Any]) -
 class _Source:
     """What the flags choose."""
 
-    model: NamedCheckpoint  # not verified yet
+    model: NamedCheckpoint  # its facts were verified, its weights not yet
     adapter: AdapterWeights | None  # to be merged into it
 
 
@@ -159,8 +160,11 @@ def _choose(options: ExportOptions, progress: ByteProgress) -> _Source:
     require_replaceable(options.hf_path, CONFIG_FILE, overwrite=options.overwrite)
     if options.merge_lora:
         adapter = open_adapter(chosen_checkpoint(options, progress))
-        return _Source(find_base(adapter.adapter, options.pretrained_checkpoint), adapter)
-    return _Source(name_checkpoint(options.load, options.ckpt_step), None)
+        model = find_base(adapter.adapter, options.pretrained_checkpoint)
+    else:
+        adapter, model = None, name_checkpoint(options.load, options.ckpt_step)
+    model.verify_facts(progress)
+    return _Source(model, adapter)
 
 
 def _open_plan(source: _Source, options: ExportOptions) -> ExportPlan:
@@ -176,23 +180,26 @@ def _open_plan(source: _Source, options: ExportOptions) -> ExportPlan:
     return ExportPlan(weights, weight_type, shards)
 
 
-def _write_directory(
-    plan: ExportPlan,
-    verification: BackgroundVerification,
-    directory: Path,
-    workers: int,
-    progress: ByteProgress,
-) -> None:
-    """Everything of the directory; `integrity.json` last."""
-    weights = plan.weights
+@dataclass(frozen=True)
+class _WrittenShard:
+    """One file, and what is wrong with its tensors."""
+
+    file: str
+    sha256: str
+    problems: list[str]
+
+
+def _write_weights(
+    plan: ExportPlan, directory: Path, workers: int, progress: ByteProgress
+) -> list[_WrittenShard]:
     with progress("exporting", plan.size_bytes) as on_bytes:
         tasks = [partial(_write_shard, plan, shard, directory, on_bytes) for shard in plan.shards]
-        try:
-            written = run_in_threads(tasks, workers)
-        except Exception:
-            verification.require_whole()  # damaged bytes explain whatever else went wrong
-            raise
-        verification.require_whole()
+        return run_in_threads(tasks, workers)
+
+
+def _write_rest(plan: ExportPlan, directory: Path, written: Sequence[_WrittenShard]) -> None:
+    """Everything of the directory but the weights; `integrity.json` last."""
+    weights = plan.weights
     if problems := [problem for shard in written for problem in shard.problems]:
         raise ConversionError(*problems)
     hashes = {shard.file: shard.sha256 for shard in written}
@@ -203,15 +210,6 @@ def _write_directory(
     write_json(directory / GENERATION_CONFIG_FILE, exported_generation_config(weights.facts, config))
     card = model_card(weights.facts, weights.table, plan.weight_type)
     finish_directory(directory, weights.facts, card, hashes)
-
-
-@dataclass(frozen=True)
-class _WrittenShard:
-    """One file, and what is wrong with its tensors."""
-
-    file: str
-    sha256: str
-    problems: list[str]
 
 
 def _write_shard(

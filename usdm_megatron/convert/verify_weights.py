@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from usdm_megatron.architecture import HFArchitecture, identity_differences, model_identity
-from usdm_megatron.checkpoint.resolve import resolve_checkpoint
+from usdm_megatron.checkpoint.background_verification import verified_meanwhile
+from usdm_megatron.checkpoint.resolve import name_checkpoint
 from usdm_megatron.convert.checkpoint_weights import CheckpointWeights, open_weights
 from usdm_megatron.convert.hf_source import HFSource, check_tensors, open_source
 from usdm_megatron.convert.hub import locate
 from usdm_megatron.convert.name_table import architecture_table
 from usdm_megatron.convert.options import VerifyOptions
-from usdm_megatron.convert.progress import byte_progress
+from usdm_megatron.convert.progress import byte_display, byte_progress
 from usdm_megatron.errors import ConversionError
 
 
@@ -37,9 +38,10 @@ class WeightComparison:
 def compare_weights(options: VerifyOptions) -> WeightComparison:
     """Compare every tensor, in the checkpoint's type; one in memory at a time.
 
-    Raises `ConversionError` naming each tensor that differs, and by how much.
+    Raises `ConversionError` naming each tensor that differs, and by how much; `CheckpointError` for damage.
     """
-    checkpoint = resolve_checkpoint(options.load, options.ckpt_step, fallback=False, progress=byte_progress)
+    checkpoint = name_checkpoint(options.load, options.ckpt_step)
+    checkpoint.verify_facts(byte_progress)
     weights = open_weights(checkpoint.path)
     source = open_source(locate(options.hf_path, options.hf_revision, options.hf_cache_dir))
     source_model = HFArchitecture.from_hf_config(source.config)
@@ -47,11 +49,15 @@ def compare_weights(options: VerifyOptions) -> WeightComparison:
     _check_same_model(weights, source, source_model)
     problems: list[str] = []
     count = 0
-    with byte_progress("comparing", weights.size_bytes) as progress:
+    with (
+        byte_display() as progress,
+        verified_meanwhile(checkpoint, progress),
+        progress("comparing", weights.size_bytes) as on_bytes,
+    ):
         for name, ours in weights.in_order():
             theirs = source.read(name).to(ours.dtype)
             problems += _difference(name, theirs, ours[: theirs.shape[0]])
-            progress(ours.nbytes)
+            on_bytes(ours.nbytes)
             count += 1
     if problems:
         raise ConversionError(*problems)

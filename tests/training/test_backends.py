@@ -97,15 +97,7 @@ def attend(environment: Any, store: Any, backend: str, rows: Any) -> list[dict[s
             shapes = [(sum(lengths), count, HEAD_DIM) for count in (HEADS, GROUPS, GROUPS, HEADS)]
             *inputs, weights = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
             q, k, v = (tensor.to(groups.device).requires_grad_() for tensor in inputs)
-            ends = torch.tensor([0, *lengths], device=groups.device).cumsum(0).to(torch.int32)
-            row = PackedSequence(
-                qkv_format="thd",
-                cu_seqlens_q=ends,
-                cu_seqlens_kv=ends,
-                max_seqlen_q=max(lengths),
-                max_seqlen_kv=max(lengths),
-                segment_lengths=tuple(lengths),
-            )
+            row = PackedSequence.of_lengths(lengths, groups.device)
             output = module.attend(q, k, v, row, window).reshape(q.shape)
             (output * weights.to(groups.device)).sum().backward()
             values = {"output": output.detach(), "q": q.grad, "k": k.grad, "v": v.grad}

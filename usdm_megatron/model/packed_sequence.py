@@ -5,6 +5,7 @@ T = tokens of the flattened micro-batch, D = head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,19 @@ class PackedSequence(PackedSeqParams):
     rope_cos_TD: Tensor | None = None
     rope_sin_TD: Tensor | None = None
     segment_lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> PackedSequence:
+        """A row of samples of these lengths, for attention alone: it carries no RoPE."""
+        cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            segment_lengths=tuple(lengths),
+        )
 
 
 class RopeTable:

@@ -152,7 +152,7 @@ class _Bench:
             total = sum(lengths)
             heads = [(total, count, a.head_dim) for count in (a.heads, a.kv_heads, a.kv_heads)]
             q, k, v = (self._random(*shape).requires_grad_() for shape in heads)
-            row = self._row(lengths)
+            row = PackedSequence.of_lengths(lengths, self._device)
 
             def run(q=q, k=k, v=v, row=row) -> None:  # type: ignore[no-untyped-def]
                 attend(q, k, v, row, a.sliding_window).sum().backward()
@@ -173,17 +173,6 @@ class _Bench:
             config, 1, AttnMaskType.causal, "self", pg_collection=self._groups.collection
         )
         return module.attend
-
-    def _row(self, lengths: list[int]) -> PackedSequence:
-        ends = torch.tensor([0, *lengths], device=self._device).cumsum(0).to(torch.int32)
-        return PackedSequence(
-            qkv_format="thd",
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-            segment_lengths=tuple(lengths),
-        )
 
     def _elementwise(self) -> dict[float, float]:
         a, tokens, element = self._asked.model.architecture, self._asked.tokens, self._element

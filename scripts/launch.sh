@@ -110,7 +110,7 @@ launch_training() {
     # Wrong input ends here with one clear message and code 2, before any rank meets another. On one node:
     # the check reads every byte of the checkpoint.
     if [ "$node_rank" -eq 0 ]; then
-        "${PYTHON:-python}" -m usdm_megatron.cli "$@" --dry-run \
+        launch_wait "${PYTHON:-python}" -m usdm_megatron.cli "$@" --dry-run \
             --world-size $((nnodes * ${GPUS_PER_NODE:-8})) || return
     fi
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,28 @@ def test_pods_agree_with_each_other() -> None:
     assert rule["onExitCodes"]["values"] == [2] and rule["onExitCodes"]["containerName"] == container["name"]
     result = run("examples/pretrain_usdm.sh", **env, NODE_RANK="5", DRY_RUN="1")
     assert result.returncode == 2 and "there is no checkpoint at CHECKPOINT=/shared" in result.stderr
+
+
+# ── signals ──
+
+
+def test_a_signal_before_the_ranks_ends_what_runs_then(tmp_path: Path) -> None:
+    """The check of the configuration reads every byte of a checkpoint: it must not go on alone."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\necho $$ > "$OUT/pid.new"; mv "$OUT/pid.new" "$OUT/pid"\nexec sleep 60\n'
+    )
+    python.chmod(0o755)
+    script = "source scripts/launch.sh; launch_training pretrain; exit $?"
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path), "NNODES": "1"}
+    with subprocess.Popen(["bash", "-c", script], env=environment, cwd=ROOT) as process:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 # ── dry runs ──

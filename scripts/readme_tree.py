@@ -37,7 +37,7 @@ def tree() -> str:
         if path.parent != folder:
             folder = path.parent
             lines.append(f"{folder}/" if folder.parts else "./")
-        lines.append(f"  {path.name:<28}{describe(path)}".rstrip())
+        lines.append(f"  {path.name:<27} {describe(path)}".rstrip())
     lines += ["tests/data/, tests/golden/", "  goldens of the original, and resolved configurations"]
     return "```\n" + "\n".join(lines) + "\n```\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -35,15 +36,23 @@ def file_sha256(
 
 
 def map_privately(path: Path, begin: int, size_bytes: int) -> mmap.mmap:
-    """Map bytes of a file; the mapping is positioned on the first of them and ends behind the last.
+    """Map bytes of a file that will all be read; what is written to them stays in this process.
 
-    It begins on a page, before them: `tell()` says how far. What is written to it (torch and numpy know
-    no read-only memory of others) stays in this process. A mapping per tensor keeps resident what is in
-    use. Raises `ValueError` when the file is shorter.
+    The mapping is positioned on the first of them (it begins on a page: `tell()` says how far before) and
+    ends behind the last. Raises `ValueError` when the file is shorter, `OSError` when the disk cannot give
+    all of them: whoever touches such a page of a mapping is killed by SIGBUS, so each is read once before.
     """
     start = begin - begin % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         mapping = mmap.mmap(file.fileno(), begin + size_bytes - start, access=mmap.ACCESS_COPY, offset=start)
+        mapping.madvise(mmap.MADV_WILLNEED)  # one request for all of it instead of one a block
+        file.seek(begin)
+        block = memoryview(bytearray(min(_BLOCK_BYTES, size_bytes)))
+        remaining = size_bytes
+        while remaining:
+            if not (count := file.readinto(block[:remaining])):
+                raise OSError(errno.EIO, "the file became shorter while it was read", str(path))
+            remaining -= count
     mapping.seek(begin - start)
     return mapping
 

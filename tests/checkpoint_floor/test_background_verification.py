@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,3 +105,16 @@ def test_ctrl_c_does_not_wait_for_the_rest(directory: Path) -> None:
         raise KeyboardInterrupt
     assert 0 < sum(seen) <= ALL_BYTES // 4
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("verification")]
+
+
+def test_the_block_can_hear_of_damage_before_it_is_done(directory: Path) -> None:
+    damage(directory / "__0_0.distcp")
+    with (
+        pytest.raises(CheckpointError, match="__0_0.distcp differs"),
+        verified_meanwhile(NamedCheckpoint(directory)) as stop_if_damaged,
+    ):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            stop_if_damaged()
+            time.sleep(0.001)
+        pytest.fail("it was never told")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import mmap
+import os
+import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from usdm_megatron.checkpoint import mapped_archive
 from usdm_megatron.checkpoint.mapped_archive import map_tensor
+from usdm_megatron.file_reading import map_privately
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -73,6 +79,51 @@ def test_values_are_those_of_the_file_and_not_a_copy(tmp_path: Path) -> None:
     assert place[0].read_bytes()[position + 4 :] == content[position + 4 :]
 
 
+def test_of_a_large_archive_torch_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(mmap.mmap):
+        read_bytes = 0
+
+        def read(self, *arguments: Any) -> bytes:
+            content = super().read(*arguments)
+            self.read_bytes += len(content)
+            return content
+
+    monkeypatch.setattr(mmap, "mmap", Counted)
+    mapped: list[Counted] = []
+    monkeypatch.setattr(
+        mapped_archive, "map_privately", lambda *where: mapped.append(map_privately(*where)) or mapped[-1]
+    )
+    tensor = torch.randn(1 << 20)
+    assert torch.equal(map_tensor(*written(tmp_path / "a", saved(tensor))), tensor)
+    assert 0 < mapped[0].read_bytes < 20_000
+
+
+def test_a_page_that_the_disk_cannot_give_is_an_error_and_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a bad sector, or a file that got shorter: touching the page would end the process."""
+    path = tmp_path / "a"
+    path.write_bytes(bytes(3 << 20))
+    real = mmap.mmap
+
+    def shortened(*arguments: Any, **options: Any) -> mmap.mmap:
+        mapping = real(*arguments, **options)
+        os.truncate(path, 2 << 20)
+        return mapping
+
+    monkeypatch.setattr(mmap, "mmap", shortened)
+    with pytest.raises(OSError, match="became shorter") as refused:
+        map_privately(path, 100, (3 << 20) - 100)
+    assert refused.value.filename == str(path)
+
+
+def test_another_byte_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = written(tmp_path / "a", saved(torch.arange(3.0)))
+    monkeypatch.setattr(sys, "byteorder", {"little": "big", "big": "little"}[sys.byteorder])
+    with pytest.raises(ValueError, match="byte order"):
+        map_tensor(*place)
+
+
 def compressed(archive: bytes) -> bytes:
     stream = io.BytesIO()
     with (
@@ -90,8 +141,8 @@ def compressed(archive: bytes) -> bytes:
         (saved({"a": torch.ones(2)}), "holds a dict and no tensor"),
         (saved(3), "holds a int and no tensor"),
         (compressed(saved(torch.ones(2))), "not compressed"),
-        (saved(torch.ones(2))[:-30], ""),
-        (b"not a zip archive, but long enough to look", ""),
+        (saved(torch.ones(2))[:-30], "central directory"),
+        (b"not a zip archive, but long enough to look", "weights_only|pickle"),
     ],
 )
 def test_other_archives_are_refused(tmp_path: Path, archive: bytes, match: str) -> None:

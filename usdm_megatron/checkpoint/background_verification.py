@@ -1,9 +1,9 @@
-"""Verifying a checkpoint while its tensors are read: what is hashed first is the reader's read-ahead."""
+"""Verifying a checkpoint while its tensors are read: the disk reads for both, once."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -13,12 +13,15 @@ from usdm_megatron.checkpoint.threads import StoppedError
 
 
 @contextmanager
-def verified_meanwhile(checkpoint: NamedCheckpoint, progress: ByteProgress = no_progress) -> Iterator[None]:
+def verified_meanwhile(
+    checkpoint: NamedCheckpoint, progress: ByteProgress = no_progress
+) -> Iterator[Callable[[], None]]:
     """Hash every byte of a checkpoint while the block reads its weights, and until all is hashed.
 
     Nothing that was made of the weights may be published inside. Raises `CheckpointError` naming each
     damaged file, in place of what the block may have raised, too: damaged bytes explain whatever went
-    wrong. Only Ctrl-C and the like end it at once.
+    wrong. Only Ctrl-C and the like end it at once. The block is given a function to call now and then,
+    from any thread: it raises as soon as damage is known.
     """
     stopped = threading.Event()
 
@@ -35,9 +38,14 @@ def verified_meanwhile(checkpoint: NamedCheckpoint, progress: ByteProgress = no_
 
     with ThreadPoolExecutor(1, thread_name_prefix="verification") as pool:
         problems = pool.submit(verify_integrity, checkpoint.path, until_stopped)
+
+        def stop_if_damaged() -> None:
+            if problems.done() and problems.result():
+                raise StoppedError(f"{checkpoint.path} is damaged")
+
         try:
             try:
-                yield
+                yield stop_if_damaged
             except Exception as error:
                 if problems.result():
                     raise checkpoint.damaged(problems.result()) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, cast
@@ -27,20 +28,19 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a file in a zip archive: how long 
 def map_tensor(path: Path, offset: int, length: int) -> torch.Tensor:
     """The tensor in the `length` bytes at `offset` of a file, on CPU, as stored.
 
-    Pages are read when they are touched and given back with the tensor. What is written to it stays in
-    this process. Raises whatever torch and zipfile do on bytes that are no such archive.
+    Its pages are given back with the tensor. What is written to it stays in this process. Raises whatever
+    torch and zipfile do on bytes that are no such archive.
     """
     import torch
 
     archive = map_privately(path, offset, length)
-    # `meta`: its type, shape and strides alone
-    stored = torch.load(cast("BinaryIO", archive), map_location="meta", weights_only=True)
+    with torch.serialization.skip_data():  # its type, shape and strides alone; its memory is never touched
+        stored = torch.load(cast("BinaryIO", archive), map_location="cpu", weights_only=True)
     if not isinstance(stored, torch.Tensor):
         raise ValueError(f"holds a {type(stored).__name__} and no tensor")
     if not stored.numel():
         return torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype)
     begin, size_bytes = _values(archive)
-    archive.madvise(mmap.MADV_WILLNEED)  # one request for the whole tensor instead of one a fault
     values = torch.frombuffer(archive, dtype=torch.uint8, offset=begin, count=size_bytes)
     if values.data_ptr() % stored.dtype.itemsize:  # others, and earlier versions, do not align archives
         values = values.clone()
@@ -50,8 +50,17 @@ def map_tensor(path: Path, offset: int, length: int) -> torch.Tensor:
 def _values(archive: mmap.mmap) -> tuple[int, int]:
     """Where in the mapping the one storage of the archive begins, and its size in bytes."""
     with zipfile.ZipFile(cast("BinaryIO", archive)) as files:
-        found = [file for file in files.infolist() if PurePosixPath(file.filename).parent.name == "data"]
-    if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"holds {len(found)} storages; one is expected, not compressed")
-    name, extra = _LOCAL_HEADER.unpack_from(archive, found[0].header_offset)
-    return found[0].header_offset + _LOCAL_HEADER.size + name + extra, found[0].file_size
+        found = files.infolist()
+    storages = [file for file in found if PurePosixPath(file.filename).parent.name == "data"]
+    if len(storages) != 1 or storages[0].compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"holds {len(storages)} storages; one is expected, not compressed")
+    for begin, size in (_extent(archive, file) for file in found if file.filename.endswith("/byteorder")):
+        if archive[begin : begin + size] != sys.byteorder.encode():
+            raise ValueError("was written on a machine of the other byte order, which is not supported")
+    return _extent(archive, storages[0])
+
+
+def _extent(archive: mmap.mmap, file: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where the bytes of a file that is not compressed begin, and how many there are."""
+    name, extra = _LOCAL_HEADER.unpack_from(archive, file.header_offset)
+    return file.header_offset + _LOCAL_HEADER.size + name + extra, file.file_size

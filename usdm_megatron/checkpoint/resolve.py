@@ -41,7 +41,7 @@ class SkippedCheckpoint:
 
 @dataclass(frozen=True)
 class NamedCheckpoint:
-    """The one checkpoint that a directory and a step name: nothing of it was read."""
+    """The one checkpoint that a directory and a step name, not verified yet."""
 
     path: Path
     flag: str = ""  # that chose it: said with every problem

@@ -1,11 +1,13 @@
 """Tensors of a torch_dist checkpoint, one at a time, by key and layer; no process group, no megatron.core.
 
-Nothing here runs what a pickle says (`metadata_file.py`); damage is found by `resolve_checkpoint`.
+Nothing here runs what a pickle says (`metadata_file.py`). Hashes find damage (`integrity.py`); what is read
+here before they have is only as good as they turn out.
 """
 
 from __future__ import annotations
 
 import io
+import pickle  # nosec B403 - for its error
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ class StoredTensor:
 
 
 class TensorReader:
-    """What one verified checkpoint directory holds; `read` may be called from several threads.
+    """What one checkpoint directory holds; `read` may be called from several threads.
 
     Raises `CheckpointError` when there is no `.metadata`, or an unreadable one.
     """
@@ -96,9 +98,12 @@ class TensorReader:
             chunk = map_tensor(path, place.offset, place.length)
             if chunk.dtype != entry.properties.dtype:
                 raise ValueError(f"holds values of {chunk.dtype}, described as {entry.properties.dtype}")
-            return _narrowed(chunk, item.storage_offsets, item.lengths)
+            piece = _narrowed(chunk, item.storage_offsets, item.lengths)
+            if piece.shape != item.lengths:
+                raise ValueError(f"has shape {list(piece.shape)}, described as {list(item.lengths)}")
+            return piece
         except Exception as error:  # torch raises a dozen types on bytes that it did not write
-            raise CheckpointError(f"{path}: {key} cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: {key} cannot be read: {_reason(error)}") from error
 
     def check_objects(self) -> None:
         """Refuse objects that hold more than plain values and tensors, or cannot be read.
@@ -118,13 +123,19 @@ class TensorReader:
                 with namespace_allowed():
                     torch.load(content, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises a dozen types on what it refuses
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 problems.append(
                     f"{self.directory / place.relative_path}: {index.fqn} could run code when it is opened, "
-                    f"or is damaged ({reason}); it was not written by this package"
+                    f"or is damaged ({_reason(error)}); it was not written by this package"
                 )
         if problems:
             raise CheckpointError(*problems)
+
+
+def _reason(error: Exception) -> str:
+    """In one line, and without torch's advice to load with `weights_only=False`."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than plain values and tensors, or bytes that are no pickle"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _narrowed(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

@@ -23,7 +23,7 @@ from usdm_megatron.errors import CheckpointError, ConversionError
 
 @dataclass(frozen=True)
 class CheckpointWeights:
-    """The weights of one checkpoint; whoever opened them has it verified."""
+    """The weights of one checkpoint, as good as its files: verifying those is its user's."""
 
     facts: CheckpointFacts
     table: ArchitectureTable

@@ -74,15 +74,15 @@ def run_export(options: ExportOptions) -> ExportSummary:
     """Write the Hugging Face directory under a temporary name and rename it when all of it is there.
 
     A damaged checkpoint is refused, never replaced by an older one: its weights are hashed while they are
-    read. Peak memory is `options.workers` tensors. Raises `CheckpointError` or `ConversionError`.
+    read. Peak memory is what a cast, a merge or a rearrangement makes of `options.workers` tensors; as they
+    are, they stay in their file. Raises `CheckpointError` or `ConversionError`.
     """
     with byte_display() as progress:
         source = _choose(options, progress)
         plan = _open_plan(source, options)
 
         def write(directory: Path) -> None:
-            with verified_meanwhile(source.model, progress):
-                written = _write_weights(plan, directory, options.workers, progress)
+            written = _write_weights(plan, source.model, directory, options.workers, progress)
             _write_rest(plan, directory, written)
 
         published = publish(options.hf_path, plan.size_bytes, write)
@@ -190,9 +190,18 @@ class _WrittenShard:
 
 
 def _write_weights(
-    plan: ExportPlan, directory: Path, workers: int, progress: ByteProgress
+    plan: ExportPlan, model: NamedCheckpoint, directory: Path, workers: int, progress: ByteProgress
 ) -> list[_WrittenShard]:
-    with progress("exporting", plan.size_bytes) as on_bytes:
+    """All shards; what they are made of is verified when this returns."""
+    with (
+        verified_meanwhile(model, progress) as stop_if_damaged,
+        progress("exporting", plan.size_bytes) as show,
+    ):
+
+        def on_bytes(count: int) -> None:
+            stop_if_damaged()
+            show(count)
+
         tasks = [partial(_write_shard, plan, shard, directory, on_bytes) for shard in plan.shards]
         return run_in_threads(tasks, workers)
 

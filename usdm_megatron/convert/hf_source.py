@@ -6,7 +6,6 @@ the directory is never opened, unless a symbolic link in it says so (the hub's c
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +43,8 @@ class HFSource:
     def read(self, name: str) -> torch.Tensor:
         """One floating point tensor, mapped from its file; safe in any thread.
 
-        Pages are read when they are touched and given back with the tensor. What is written to it
-        stays in this process. Raises `ConversionError` when the file is no longer what it was.
+        Its pages are given back with the tensor. What is written to it stays in this process. Raises
+        `ConversionError` when the file is no longer what it was.
         """
         tensor = self.tensors[name]
         path = self.directory / tensor.file
@@ -56,7 +55,6 @@ class HFSource:
             mapping = map_privately(path, tensor.begin, tensor.size_bytes)
         except (OSError, ValueError) as error:
             raise ConversionError(f"{path} changed while it was read: {error}") from error
-        mapping.madvise(mmap.MADV_WILLNEED)  # one request for the whole tensor instead of one a fault
         data = torch.frombuffer(mapping, dtype=torch.uint8, offset=mapping.tell(), count=tensor.size_bytes)
         if tensor.begin % dtype.itemsize:  # upstream aligns tensors, the format does not ask for it
             data = data.clone()

@@ -51,13 +51,14 @@ def compare_weights(options: VerifyOptions) -> WeightComparison:
     count = 0
     with (
         byte_display() as progress,
-        verified_meanwhile(checkpoint, progress),
+        verified_meanwhile(checkpoint, progress) as stop_if_damaged,
         progress("comparing", weights.size_bytes) as on_bytes,
     ):
         for name, ours in weights.in_order():
             theirs = source.read(name).to(ours.dtype)
             problems += _difference(name, theirs, ours[: theirs.shape[0]])
             on_bytes(ours.nbytes)
+            stop_if_damaged()
             count += 1
     if problems:
         raise ConversionError(*problems)

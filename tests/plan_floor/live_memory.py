@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+# gloo's own thread lets go of a collective's tensors a moment after the collective is over; CUDA's
+# allocator knows no such moment.
+_STRAGGLERS_S = 0.005
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
@@ -96,7 +102,9 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(key)
         weakref.finalize(storage, self._release, key, size)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            time.sleep(_STRAGGLERS_S)
+            self.peak = max(self.peak, self.now)
 
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -33,7 +33,7 @@ setup(
     entry_points={"console_scripts": ["usdm-megatron = usdm_megatron.cli:console_main"]},
     install_requires=[
         "megatron-core>=0.16.1,<0.17",
-        "torch>=2.8",
+        "torch>=2.6",
         "transformers>=4.50,<6",
         "tokenizers",
         "sentencepiece",

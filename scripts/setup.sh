@@ -23,12 +23,12 @@ _usdm_usable() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
 }
 
-# has_torch INTERPRETER: torch >= 2.8 is installed (found by its metadata: importing it takes seconds)
+# has_torch INTERPRETER: torch >= 2.6 is installed (found by its metadata: importing it takes seconds)
 _usdm_has_torch() {
     "$1" - >/dev/null 2>&1 <<'PY'
 import importlib.metadata, re, sys
 version = importlib.metadata.version("torch")
-sys.exit(tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 8))
+sys.exit(tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 6))
 PY
 }
 

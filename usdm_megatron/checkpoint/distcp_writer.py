@@ -15,15 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import (
-    DEFAULT_SUFFIX,
-    SerializationFormat,
-    _write_item,
-)
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -146,12 +142,7 @@ class DistcpWriter(dcp.FileSystemWriter):
             for item in items:
                 data = planner.resolve_data(item)
                 try:
-                    if isinstance(data, torch.Tensor):
-                        data = _compact(data.detach().cpu())
-                        stream.write(bytes(-stream.tell() % ALIGNMENT_BYTES))  # it can be mapped then
-                    results.append(
-                        _write_item(self.transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE)
-                    )
+                    results.append(_write_item(stream, item, data, name))
                 except Exception:
                     if stream.failure is not None:
                         raise stream.failure from None
@@ -177,6 +168,23 @@ def torch_failures() -> Iterator[None]:
         if len(causes) == 1 and isinstance(first, UserError):
             raise first from error
         raise CheckpointError(*(f"rank {rank}: {cause}" for rank, cause in causes.items())) from error
+
+
+def _write_item(
+    stream: HashingStream, item: WriteItem, data: torch.Tensor | io.BytesIO, name: str
+) -> WriteResult:
+    """As torch's function of this name, which has other parameters in every other version."""
+    if isinstance(data, torch.Tensor):
+        stream.write(bytes(-stream.tell() % ALIGNMENT_BYTES))  # it can be mapped then
+        offset = stream.tell()
+        torch.save(_compact(data.detach().cpu()), cast("IO[bytes]", stream))
+    else:
+        offset = stream.tell()
+        stream.write(data.getbuffer())
+    length = stream.tell() - offset
+    return WriteResult(
+        index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length)
+    )
 
 
 def _divide(items: Sequence[WriteItem], count: int) -> list[list[WriteItem]]:

@@ -2,16 +2,23 @@
 
 torch copies the values into memory of its own (and DCP from there into the tensor that was asked for);
 at the size of a model that is gigabytes of fresh pages, which cost more than hashing the same bytes.
+
+The archive (torch 2.6 to 2.13, `serialization.py: _save`): `data.pkl` describes the tensor, `data/0` is its
+storage, `byteorder` says `little`; nothing is compressed.
 """
 
 from __future__ import annotations
 
+import io
 import mmap
+import pickle  # nosec B403 - restricted below to what describes a tensor
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from usdm_megatron.file_reading import map_privately
 
@@ -28,39 +35,91 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a file in a zip archive: how long 
 def map_tensor(path: Path, offset: int, length: int) -> torch.Tensor:
     """The tensor in the `length` bytes at `offset` of a file, on CPU, as stored.
 
-    Its pages are given back with the tensor. What is written to it stays in this process. Raises whatever
-    torch and zipfile do on bytes that are no such archive.
+    Its pages are given back with the tensor. What is written to it stays in this process. Raises
+    `OSError`, and `ValueError` or whatever pickle and zipfile do on bytes that are no such archive.
     """
     import torch
 
     archive = map_privately(path, offset, length)
-    with torch.serialization.skip_data():  # its type, shape and strides alone; its memory is never touched
-        stored = torch.load(cast("BinaryIO", archive), map_location="cpu", weights_only=True)
-    if not isinstance(stored, torch.Tensor):
-        raise ValueError(f"holds a {type(stored).__name__} and no tensor")
-    if not stored.numel():
-        return torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype)
-    begin, size_bytes = _values(archive)
+    files = _files(archive)
+    stored = _described(archive, files)
+    if stored.is_empty:
+        return torch.empty_strided(stored.shape, stored.stride, dtype=stored.dtype)
+    begin, size_bytes = files[f"data/{stored.key}"]
     values = torch.frombuffer(archive, dtype=torch.uint8, offset=begin, count=size_bytes)
     if values.data_ptr() % stored.dtype.itemsize:  # others, and earlier versions, do not align archives
         values = values.clone()
-    return values.view(stored.dtype).as_strided(stored.shape, stored.stride(), stored.storage_offset())
+    return values.view(stored.dtype).as_strided(stored.shape, stored.stride, stored.offset)
 
 
-def _values(archive: mmap.mmap) -> tuple[int, int]:
-    """Where in the mapping the one storage of the archive begins, and its size in bytes."""
-    with zipfile.ZipFile(cast("BinaryIO", archive)) as files:
-        found = files.infolist()
-    storages = [file for file in found if PurePosixPath(file.filename).parent.name == "data"]
-    if len(storages) != 1 or storages[0].compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"holds {len(storages)} storages; one is expected, not compressed")
-    for begin, size in (_extent(archive, file) for file in found if file.filename.endswith("/byteorder")):
-        if archive[begin : begin + size] != sys.byteorder.encode():
-            raise ValueError("was written on a machine of the other byte order, which is not supported")
-    return _extent(archive, storages[0])
+def _files(archive: mmap.mmap) -> dict[str, tuple[int, int]]:
+    """Where in the mapping each file of the archive begins, and its size in bytes; by name below its root."""
+    with zipfile.ZipFile(cast("BinaryIO", archive)) as found:
+        files = found.infolist()
+    places = {}
+    for file in files:
+        if file.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"holds {file.filename!r} compressed, which torch does not write")
+        name, extra = _LOCAL_HEADER.unpack_from(archive, file.header_offset)
+        begin = file.header_offset + _LOCAL_HEADER.size + name + extra
+        places[PurePosixPath(*PurePosixPath(file.filename).parts[1:]).as_posix()] = (begin, file.file_size)
+    return places
 
 
-def _extent(archive: mmap.mmap, file: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where the bytes of a file that is not compressed begin, and how many there are."""
-    name, extra = _LOCAL_HEADER.unpack_from(archive, file.header_offset)
-    return file.header_offset + _LOCAL_HEADER.size + name + extra, file.file_size
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the archive describes it."""
+
+    key: str  # of its storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return 0 in self.shape
+
+
+def _described(archive: mmap.mmap, files: dict[str, tuple[int, int]]) -> _Stored:
+    begin, size = files.get("byteorder", (0, 0))
+    if size and archive[begin : begin + size] != sys.byteorder.encode():
+        raise ValueError("was written on a machine of the other byte order, which is not supported")
+    begin, size = files["data.pkl"]
+    stored = _Unpickler(io.BytesIO(archive[begin : begin + size])).load()
+    if not isinstance(stored, _Stored):
+        raise ValueError(f"holds a {type(stored).__name__} and no tensor")
+    return stored
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: torch.dtype
+
+
+def _rebuild_tensor_v2(
+    storage: _Storage, offset: int, shape: Any, stride: Any, _grad: bool, _hooks: Any, bits: Any = None
+) -> _Stored:
+    """What `torch._utils` has under this name, without the values."""
+    if bits:
+        raise ValueError("holds a conjugated or negated view, which no checkpoint needs")
+    return _Stored(storage.key, storage.dtype, offset, tuple(shape), tuple(stride))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows what `torch.save` writes for a tensor, and runs nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor_v2
+        if (module, name) == ("collections", "OrderedDict"):  # of hooks
+            return OrderedDict
+        if module == "torch" and name.endswith("Storage") and hasattr(torch, name):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"refers to {module}.{name}")
+
+    def persistent_load(self, saved: Any) -> _Storage:
+        _, storage_type, key, _location, _numel = saved
+        return _Storage(str(key), storage_type.dtype)

@@ -91,10 +91,8 @@ class TensorReader:
         path = self.directory / place.relative_path
         key, entry = item.storage_index.fqn, self._entries[item.storage_index.fqn]
         try:
-            if place.transform_descriptors:
-                raise ValueError(
-                    f"is transformed by {place.transform_descriptors[0]}, which is not supported"
-                )
+            if transforms := getattr(place, "transform_descriptors", None):  # torch 2.7 has them
+                raise ValueError(f"is transformed by {transforms[0]}, which is not supported")
             chunk = map_tensor(path, place.offset, place.length)
             if chunk.dtype != entry.properties.dtype:
                 raise ValueError(f"holds values of {chunk.dtype}, described as {entry.properties.dtype}")

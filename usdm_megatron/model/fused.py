@@ -33,9 +33,10 @@ def swiglu(gate_and_up_S2F: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, inverse_rms = torch.ops.aten._fused_rms_norm(x, [x.size(-1)], None, eps)
+        exact = x.float() if x.element_size() == 2 else x
+        inverse_rms = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse_rms, weight)
-        return normed.mul_(weight)
+        return (exact * inverse_rms).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -17,7 +17,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 # gloo's own thread lets go of a collective's tensors a moment after the collective is over; CUDA's
 # allocator knows no such moment.
 _STRAGGLERS_S = 0.005

@@ -19,7 +19,7 @@ from usdm_megatron.checkpoint import mapped_archive
 from usdm_megatron.checkpoint.mapped_archive import map_tensor
 from usdm_megatron.file_reading import map_privately
 
-TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
+TYPES = [getattr(torch, name) for name in mapped_archive._TYPES.values()]
 
 
 def saved(content: object) -> bytes:

@@ -29,6 +29,21 @@ if TYPE_CHECKING:
 
 # Where values begin, from the start of the file, as this package writes it; torch aligns them in the archive.
 ALIGNMENT_BYTES = 64
+# By the classes that torch names types by in a pickle; they themselves warn that they are deprecated.
+_TYPES = {
+    "BFloat16Storage": "bfloat16",
+    "HalfStorage": "float16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a file in a zip archive: how long its name and the rest are
 
 
@@ -116,10 +131,10 @@ class _Unpickler(pickle.Unpickler):
             return _rebuild_tensor_v2
         if (module, name) == ("collections", "OrderedDict"):  # of hooks
             return OrderedDict
-        if module == "torch" and name.endswith("Storage") and hasattr(torch, name):
-            return getattr(torch, name)
+        if module == "torch" and name in _TYPES:
+            return getattr(torch, _TYPES[name])
         raise pickle.UnpicklingError(f"refers to {module}.{name}")
 
     def persistent_load(self, saved: Any) -> _Storage:
-        _, storage_type, key, _location, _numel = saved
-        return _Storage(str(key), storage_type.dtype)
+        _, dtype, key, _location, _numel = saved
+        return _Storage(str(key), dtype)

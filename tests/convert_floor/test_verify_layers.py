@@ -75,7 +75,8 @@ def verify(environment: Any, store: Any, options: list[VerifyOptions], most_posi
     from usdm_megatron.runtime import process_groups
 
     opened = process_groups.open_process_groups
-    layer_differences.chosen_positions = partial(chosen_positions, most=most_positions)  # type: ignore
+    chosen: Any = partial(chosen_positions, most=most_positions)
+    layer_differences.chosen_positions = chosen
     outcomes: list[Any] = []
     for number, one in enumerate(options):
         world = dist.PrefixStore(str(number), store)

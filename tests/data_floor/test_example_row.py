@@ -71,10 +71,13 @@ def test_an_example_without_tokenizer(write_store: Callable[..., TokenStore]) ->
 def test_a_dialog_reads_as_its_template(dialog_store: TokenStore, tokenizer_dir: Path) -> None:
     decoder = TextDecoder(tokenizer_dir, dialog_store.summary)
     (sample,) = read_example(dialog_store, 0, decoder).samples
-    assert sample.targets == int(dialog_store.row(0).loss_mask.sum())  # type: ignore[union-attr]
+    loss_mask = dialog_store.row(0).loss_mask
+    assert loss_mask is not None and sample.targets == int(loss_mask.sum())
     runs = [(run.kind, run.is_target, run.text or run.numbers) for run in sample.runs]
     instruction = runs.pop(1)
-    assert instruction[2].startswith("Below is a conversation") and instruction[2].endswith("### User\n")  # type: ignore[union-attr]
+    text = instruction[2]
+    assert isinstance(text, str)
+    assert text.startswith("Below is a conversation") and text.endswith("### User\n")
     assert runs == [
         ("bos", False, (1,)),
         ("unit", False, tuple(range(30))),

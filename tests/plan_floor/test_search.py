@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -23,13 +24,13 @@ def cluster() -> Plan:
     return make_plan(request())
 
 
-def sizes(entry: object) -> tuple[int, int, int, str]:
-    parallel = entry.parallel if isinstance(entry, RejectedLayout) else entry.planned.parallel  # type: ignore[attr-defined]
+def sizes(entry: Any) -> tuple[int, int, int, str]:
+    parallel = entry.parallel if isinstance(entry, RejectedLayout) else entry.planned.parallel
     return (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.num_virtual_stages_per_pipeline_rank,
-        entry.recompute,  # type: ignore[attr-defined]  # both have it
+        entry.recompute,
     )
 
 

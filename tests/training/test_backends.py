@@ -67,7 +67,7 @@ def outputs_and_gradients(
     return {name: value.double() for name, value in values.items() if value is not None}
 
 
-def attend(environment: Any, store: Any, backend: str, rows: Any) -> list[dict[str, Any]]:
+def attend(environment: Any, store: Any, backend: Any, rows: Any) -> list[dict[str, Any]]:
     """The backend's module on this rank's device, built as the layer spec builds it."""
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -81,7 +81,7 @@ def attend(environment: Any, store: Any, backend: str, rows: Any) -> list[dict[s
     from usdm_megatron.runtime.process_groups import open_process_groups
 
     shape = {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": HEAD_DIM}
-    resolved = resolve_backend(backend, torch.bfloat16)  # type: ignore[arg-type]
+    resolved = resolve_backend(backend, torch.bfloat16)
     assert resolved == backend
     found = []
     with open_process_groups(

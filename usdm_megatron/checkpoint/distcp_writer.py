@@ -173,7 +173,7 @@ def torch_failures() -> Iterator[None]:
 def _write_item(
     stream: HashingStream, item: WriteItem, data: torch.Tensor | io.BytesIO, name: str
 ) -> WriteResult:
-    """As torch's function of this name, which has other parameters in every other version."""
+    """In the format of torch's own function for it, whose parameters need names that torch 2.6 lacks."""
     if isinstance(data, torch.Tensor):
         stream.write(bytes(-stream.tell() % ALIGNMENT_BYTES))  # it can be mapped then
         offset = stream.tell()

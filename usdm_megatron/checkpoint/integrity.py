@@ -1,4 +1,4 @@
-"""`integrity.json`: the sha256 of every file of a checkpoint, written last, believed before anything else.
+"""`integrity.json`: the sha256 of every file of a checkpoint, written last.
 
 A flipped byte in a `.distcp` or `.safetensors` file loads silently otherwise. The format is
 that of Megatron-LM's main branch: `{"algorithm": "sha256", "files": {name: hex}}`.

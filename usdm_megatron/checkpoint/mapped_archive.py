@@ -3,7 +3,7 @@
 torch copies the values into memory of its own (and DCP from there into the tensor that was asked for);
 at the size of a model that is gigabytes of fresh pages, which cost more than hashing the same bytes.
 
-The archive (torch 2.6 to 2.13, `serialization.py: _save`): `data.pkl` describes the tensor, `data/0` is its
+The archive (torch 2.6 and 2.13, `serialization.py: _save`): `data.pkl` describes the tensor, `data/0` is its
 storage, `byteorder` says `little`; nothing is compressed.
 """
 

@@ -91,7 +91,7 @@ class TensorReader:
         path = self.directory / place.relative_path
         key, entry = item.storage_index.fqn, self._entries[item.storage_index.fqn]
         try:
-            if transforms := getattr(place, "transform_descriptors", None):  # torch 2.7 has them
+            if transforms := getattr(place, "transform_descriptors", None):  # torch 2.6 has none
                 raise ValueError(f"is transformed by {transforms[0]}, which is not supported")
             chunk = map_tensor(path, place.offset, place.length)
             if chunk.dtype != entry.properties.dtype:

@@ -123,7 +123,7 @@ class ExportOptions:
     max_shard_size: str = "5GB"
     """Largest safetensors file, e.g. 5GB or 300MB; a tensor larger than that gets a file of its own."""
     workers: int = 2
-    """Files written at a time; each holds one tensor in memory."""
+    """Files written at a time; each holds at most one tensor in memory, cast or rearranged."""
     overwrite: bool = False
     """Replace a model directory that is there."""
     dry_run: bool = False

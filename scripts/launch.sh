@@ -72,14 +72,18 @@ launch_ranks() {
 
 # launch_wait COMMAND …: runs it and returns its code; a signal to stop goes on to it
 launch_wait() {
-    local launcher code=0
+    local launcher="" code signalled=""
+    # bash would wait for the child before it told it
+    trap 'signalled=1; [ -z "$launcher" ] || kill -TERM "$launcher" 2>/dev/null || true' TERM INT
     "$@" &
     launcher=$!
-    # shellcheck disable=SC2064  # the id of this launcher, now
-    trap "kill -TERM $launcher 2>/dev/null || true" TERM INT # bash would wait for the child before it told it
-    while kill -0 "$launcher" 2>/dev/null; do
+    [ -z "$signalled" ] || kill -TERM "$launcher" 2>/dev/null || true
+    # A signal ends `wait` with a code of its own. The child's is kept for the next one, even if it ended before.
+    while true; do
+        signalled=""
         code=0
         wait "$launcher" || code=$?
+        [ -n "$signalled" ] || break
     done
     trap - TERM INT
     return "$code"

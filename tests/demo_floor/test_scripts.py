@@ -225,6 +225,21 @@ def test_a_stop_signal_reaches_the_launcher(prepared: Path) -> None:
         process.kill()
 
 
+@pytest.mark.parametrize(
+    ("slow", "signalled"),
+    [
+        ('trap() { builtin trap "$@"; sleep 0.3; }', False),  # ended before anyone waits for it
+        ('wait() { sleep 0.3; builtin wait "$@"; }', False),
+        ('kill() { builtin kill "$@"; sleep 0.3; }', True),  # ended while the signal is passed on
+        ('wait() { builtin wait "$@" && return; local c=$?; sleep 0.3; return $c; }', True),
+    ],
+)
+def test_the_code_of_a_child_that_ends_early_is_its_own(slow: str, signalled: bool) -> None:
+    child = "trap 'exit 5' TERM; kill -TERM $PPID; while true; do sleep 0.02; done" if signalled else "exit 5"
+    script = f'set -euo pipefail; source scripts/launch.sh; {slow}; launch_wait bash -c "$0"'
+    assert run("bash", "-c", script, child).returncode == 5
+
+
 def base_python(path: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The interpreter that set-up would make `.venv` from, found on `path`."""
     script = f'source {SETUP} >/dev/null 2>&1; PATH="{path}"; _usdm_base_python'

@@ -275,11 +275,12 @@ def _training_arguments(job: Job) -> Any:
 
 def _peer_model(job: Job) -> Any:
     import torch
-    from transformers import MistralForCausalLM
+    import transformers
 
     narrow = job.precision == "bf16" and (bool(job.targets) or not job.autocast)
     dtype = torch.bfloat16 if narrow else torch.float32
-    model = MistralForCausalLM.from_pretrained(job.directory / "hf", dtype=dtype)
+    keyword = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    model = transformers.MistralForCausalLM.from_pretrained(job.directory / "hf", **{keyword: dtype})
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # out of the file's pages, which count as nobody's memory
     return _with_adapters(job, model) if job.targets else model

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import transformers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LAYERS, HIDDEN, KV, R = 2, 64, 32, 4
@@ -20,6 +21,7 @@ def sft(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("sft")
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="the peer is transformers 5's Trainer")
 def test_table(sft: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = sft.Options(
         groups=("lora q v",),

@@ -66,7 +66,7 @@ def peft_model(base_hf: Path, adapter: Path, dtype: torch.dtype = torch.float32)
     from peft import PeftModel
     from transformers import MistralForCausalLM
 
-    base = MistralForCausalLM.from_pretrained(base_hf, attn_implementation="eager", dtype=dtype)
+    base = MistralForCausalLM.from_pretrained(base_hf, attn_implementation="eager").to(dtype)
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 

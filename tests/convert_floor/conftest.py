@@ -26,7 +26,7 @@ SMALL_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 96,
     "sliding_window": 17,
     "rms_norm_eps": 3e-4,
-    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    "rope_theta": 1e6,  # 4.x keeps it, 5.x turns it into rope_parameters
     "initializer_range": 0.05,
 }
 

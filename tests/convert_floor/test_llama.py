@@ -43,7 +43,7 @@ def write_llama(directory: Path, **changes: Any) -> Path:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "rms_norm_eps": 3e-4,
-        "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+        "rope_theta": 5e5,
         "initializer_range": 0.2,
     }
     torch.manual_seed(4)

@@ -151,7 +151,8 @@ def test_how_much_it_differs_is_what_transformers_itself_says(models: Models, tm
     found = [depth["max_abs_difference"] for depth in layers["by_depth"]]
     del found[LAYERS]
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert found[:2] == pytest.approx([0, 0], abs=1e-6) and min(found[2:]) > 1e-3
+    rounding = 1e-6 * states[0][1].abs().max().item()  # attention of torch 2.6 rounds to 5e-7 of it
+    assert found[:2] == pytest.approx([0, 0], abs=rounding) and min(found[2:]) > 1e-3
 
 
 def test_nan_is_a_difference_and_the_report_stays_json(models: Models, tmp_path: Path) -> None:

@@ -207,7 +207,11 @@ def test_backend_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("installed", "chosen"),
-    [((), "torch"), (("flash_attn",), "flash"), (("transformer_engine", "flash_attn"), "te")],
+    [
+        (("torch.nn.attention.varlen",), "torch"),
+        (("flash_attn",), "flash"),
+        (("transformer_engine", "flash_attn", "torch.nn.attention.varlen"), "te"),
+    ],
 )
 def test_auto_takes_the_first_backend_that_is_there(
     installed: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
@@ -219,5 +223,24 @@ def test_auto_takes_the_first_backend_that_is_there(
     assert resolve_backend("auto", BF16) == chosen
     assert resolve_backend("auto", torch.float32) == "torch"  # the others have 16-bit kernels alone
     if "transformer_engine" not in installed:
-        with pytest.raises(ConfigError, match="te cannot run: transformer_engine is not installed"):
+        with pytest.raises(
+            ConfigError, match="te cannot run: transformer_engine is not installed; use --core"
+        ):
             resolve_backend("te", BF16)
+
+
+def test_cuda_without_any_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.10 has none for packed rows; that must be known before the first step."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(
+        ConfigError, match="torch cannot run: torch.nn.attention.varlen is not installed; use"
+    ):
+        resolve_backend("torch", BF16)
+    message = (
+        "auto cannot run: transformer_engine and flash_attn and torch.nn.attention.varlen are not installed"
+    )
+    with pytest.raises(ConfigError, match=f"{message}; install one of them \\(torch >= 2.11"):
+        resolve_backend("auto", BF16)
+    with pytest.raises(ConfigError, match="te cannot run: it has no fp32 kernel"):
+        resolve_backend("te", torch.float32)

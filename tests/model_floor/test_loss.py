@@ -33,27 +33,19 @@ def inputs(
     return logits.to(dtype), labels, weights
 
 
-def cross_entropy_job(
-    environment: Any, store: Any, size: int, dtype: torch.dtype, scale: float, chunk: int
+def cross_entropy(
+    rank: int, ranks: int, size: int, dtype: torch.dtype, scale: float, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's loss and gradient; vocabulary columns are divided evenly among the ranks."""
     import torch.distributed as dist
 
     loss_module._CHUNK_ELEMENTS = chunk  # several chunks, the last one short
-    dist.init_process_group(
-        "gloo",
-        store=store,
-        rank=environment.rank,
-        world_size=environment.world_size,
-        timeout=timedelta(seconds=60),
-    )
     logits, labels, weights = inputs(size, dtype, scale)
-    own = logits.chunk(environment.world_size, dim=1)[environment.rank].clone().requires_grad_()
+    own = logits.chunk(ranks, dim=1)[rank].clone().requires_grad_()
     loss = packed_cross_entropy(
-        own.clone(), labels, vocabulary_size=size, tp_rank=environment.rank, group=dist.group.WORLD
+        own.clone(), labels, vocabulary_size=size, tp_rank=rank, group=dist.group.WORLD
     )
     (loss * weights).sum().backward()
-    dist.destroy_process_group()
     assert own.grad is not None
     return loss.detach(), own.grad
 
@@ -61,10 +53,13 @@ def cross_entropy_job(
 def all_sizes_job(environment: Any, store: Any, cases: list[Any]) -> list[Any]:
     import torch.distributed as dist
 
-    return [
-        cross_entropy_job(environment, dist.PrefixStore(str(index), store), *case)
-        for index, case in enumerate(cases)
-    ]
+    from usdm_megatron.runtime.process_groups import leave_world
+
+    rank, ranks = environment.rank, environment.world_size
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    found = [cross_entropy(rank, ranks, *case) for case in cases]
+    leave_world()
+    return found
 
 
 CASES = [

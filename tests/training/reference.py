@@ -18,9 +18,7 @@ def load_model(directory: Path) -> Any:
     """fp32, eager attention."""
     from transformers import MistralForCausalLM
 
-    return MistralForCausalLM.from_pretrained(
-        directory, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    return MistralForCausalLM.from_pretrained(directory, attn_implementation="eager").float().eval()
 
 
 def cut_at_bos(row: Sequence[int]) -> list[list[int]]:

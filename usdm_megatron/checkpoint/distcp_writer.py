@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle  # nosec B403 - writes alone
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, cast
 
 import torch
@@ -177,7 +179,7 @@ def _write_item(
     if isinstance(data, torch.Tensor):
         stream.write(bytes(-stream.tell() % ALIGNMENT_BYTES))  # it can be mapped then
         offset = stream.tell()
-        torch.save(_compact(data.detach().cpu()), cast("IO[bytes]", stream))
+        _save(_compact(data.detach().cpu()), cast("IO[bytes]", stream))
     else:
         offset = stream.tell()
         stream.write(data.getbuffer())
@@ -185,6 +187,21 @@ def _write_item(
     return WriteResult(
         index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length)
     )
+
+
+def _save(tensor: torch.Tensor, stream: IO[bytes]) -> None:
+    """`torch.save`, after which nothing holds the tensor.
+
+    It derives a class from the module's `Pickler`. A class is part of a cycle, and in older torch (2.6; not
+    2.13) this one reaches the tensor's storage, which would stay until the garbage collector comes by.
+    """
+
+    class Pickler(pickle.Pickler):
+        pass
+
+    torch.save(tensor, stream, pickle_module=SimpleNamespace(__name__=__name__, Pickler=Pickler))
+    for derived in Pickler.__subclasses__():
+        del derived.persistent_id
 
 
 def _divide(items: Sequence[WriteItem], count: int) -> list[list[WriteItem]]:

@@ -33,6 +33,7 @@ from usdm_megatron.checkpoint.ranks import on_every_rank, on_rank_zero
 from usdm_megatron.checkpoint.resolve import CheckpointName
 from usdm_megatron.checkpoint.tensor_reader import StoredTensor, TensorReader
 from usdm_megatron.errors import CheckpointError
+from usdm_megatron.runtime.process_groups import leave_world
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +144,7 @@ def single_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def on_every_rank_local(what: str, action: Callable[[], Any]) -> Any:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from usdm_megatron.architecture import HFArchitecture
 from usdm_megatron.checkpoint.facts import CheckpointFacts
 from usdm_megatron.checkpoint.store import load_sharded
 from usdm_megatron.config import CoreAttention, ParallelConfig
@@ -102,11 +103,14 @@ def load_reference(hf_path: Path) -> Any:
     """transformers' own model: the class that the table names, from safetensors, never remote code."""
     import transformers
 
-    table = architecture_table(read_json_object(hf_path / "config.json"))
+    config = read_json_object(hf_path / "config.json")
     transformers.utils.logging.disable_progress_bar()
-    model_class = getattr(transformers, table.export_as)
+    model_class = getattr(transformers, architecture_table(config).export_as)
+    overrides: dict[str, Any] = {}
+    if transformers.__version__.startswith("4."):  # knows no rope_parameters, would take 10,000
+        overrides["rope_theta"] = HFArchitecture.from_hf_config(config).rope_theta
     try:
-        model = model_class.from_pretrained(hf_path, use_safetensors=True)  # nosec B615 - a local directory
+        model = model_class.from_pretrained(hf_path, use_safetensors=True, **overrides)  # nosec B615 - local
     except Exception as error:  # transformers raises what it likes on odd files
         raise ConversionError(f"{hf_path}: transformers cannot load the model: {error}") from error
     return model.to(torch.float32).eval()

@@ -26,6 +26,12 @@ from usdm_megatron.errors import ConfigError
 from usdm_megatron.model.packed_sequence import PackedSequence, apply_rope
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSequence, "int | None"], Tensor]
+# what each backend's kernel for CUDA is imported from, the preferred one first
+_KERNELS: dict[CoreAttention, str] = {
+    "te": "transformer_engine",
+    "flash": "flash_attn",
+    "torch": "torch.nn.attention.varlen",
+}
 # queries of a windowed segment computed at a time: fewer waste less beside the band, more run faster
 _QUERY_BLOCK = 256
 
@@ -33,26 +39,27 @@ _QUERY_BLOCK = 256
 def resolve_backend(requested: CoreAttention, dtype: torch.dtype) -> CoreAttention:
     """The backend that will run: `auto` takes the first of te, flash, torch that is there.
 
-    te and flash have 16-bit kernels alone. Raises `ConfigError` when the requested one cannot run here.
+    te and flash have 16-bit kernels on CUDA alone; elsewhere torch computes segment by segment. Raises
+    `ConfigError` when the requested one cannot run here.
     """
     cuda = torch.cuda.is_available()
-    packages = {"te": "transformer_engine", "flash": "flash_attn"}
-    there = [name for name, package in packages.items() if cuda and importlib.util.find_spec(package)]
-    sixteen_bit = dtype != torch.float32
-    if requested == "auto":
-        return there[0] if there and sixteen_bit else "torch"  # type: ignore[return-value]
-    if requested in packages and (requested not in there or not sixteen_bit):
-        reason = (
-            "it needs CUDA and there is none"
-            if not cuda
-            else f"{packages[requested]} is not installed"
-            if requested not in there
-            else "it has no fp32 kernel"
-        )
-        raise ConfigError(
-            f"model: core_attention {requested} cannot run: {reason}; use --core-attention auto"
-        )
-    return requested
+    if cuda and dtype != torch.float32:
+        asked = list(_KERNELS) if requested == "auto" else [requested]
+        there = [name for name in asked if importlib.util.find_spec(_KERNELS[name])]
+        if there:
+            return there[0]
+        packages = " and ".join(_KERNELS[name] for name in asked)
+        reason = f"{packages} {'is' if len(asked) == 1 else 'are'} not installed"
+    elif requested in ("auto", "torch"):
+        return "torch"
+    else:
+        reason = "it has no fp32 kernel" if cuda else "it needs CUDA and there is none"
+    remedy = (
+        "use --core-attention auto"
+        if requested != "auto"
+        else "install one of them (torch >= 2.11 has its own)"
+    )
+    raise ConfigError(f"model: core_attention {requested} cannot run: {reason}; {remedy}")
 
 
 class PackedCoreAttention(MegatronModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from usdm_megatron.errors import ConfigError
 from usdm_megatron.layout import ParallelLayout, RankCoordinates
 from usdm_megatron.runtime.cpu import enter_cpu_redirect
 from usdm_megatron.runtime.ranks import LOOPBACK, RankEnvironment
+
+_STRAGGLERS_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,17 @@ def open_process_groups(
         with divide_world(layout, environment.rank, device, timeout=timeout) as groups:
             yield groups
     finally:
-        dist.destroy_process_group()
+        leave_world()
+
+
+def leave_world() -> None:
+    """Destroy the process groups, a moment after their last collective.
+
+    A thread of gloo's still holds that one's tensors and needs the GIL to drop them; torch before 2.8 waits
+    for the thread without releasing it, for ever (pytorch#154976).
+    """
+    time.sleep(_STRAGGLERS_S)
+    dist.destroy_process_group()
 
 
 @contextmanager

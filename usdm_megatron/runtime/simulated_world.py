@@ -85,10 +85,11 @@ class _RedirectToMeta(TorchFunctionMode):
 
 def _simulated_backend() -> str:
     """torch's fake backend under a name of its own, which serves the meta device too."""
-    from torch.testing._internal.distributed.fake_pg import _create_fake_pg
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers torch's
 
     if _BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(_BACKEND, _create_fake_pg, extended_api=True, devices=["cpu", "meta"])
+        create, extended_api = dist.Backend._plugins["FAKE"]  # its signature differs among versions of torch
+        dist.Backend.register_backend(_BACKEND, create, extended_api=extended_api, devices=["cpu", "meta"])
     return _BACKEND
 
 

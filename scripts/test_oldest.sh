@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The tests with the oldest versions that setup.py allows, in an environment of their own (.venv-oldest).
+#
+#   bash scripts/test_oldest.sh [--full] [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+[ -x .venv-oldest/bin/python ] || python3 -m venv .venv-oldest
+source .venv-oldest/bin/activate
+export PIP_CONSTRAINT="$PWD/scripts/oldest.txt"
+export CUDA_HOME= # a build for CUDA would say on stderr, which tests read, that there is no GPU
+pip install --quiet torch
+exec bash scripts/test.sh "$@"

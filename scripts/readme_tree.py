@@ -17,7 +17,7 @@ START, END = "<!-- tree: scripts/readme_tree.py -->\n", "<!-- end of tree -->"
 KNOWN = {
     ".ci/run": "what CI runs: the test command and the checks",
     "LICENSE": "Apache-2.0",
-    "Makefile": "test, test-full, check, bench",
+    "Makefile": "test, test-full, test-oldest, check, bench",
     "pyproject.toml": "settings of ruff, mypy, pytest, import-linter, bandit",
 }
 HIDDEN = ("__init__.py", "conftest.py", ".gitignore", "py.typed")

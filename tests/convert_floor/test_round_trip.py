@@ -302,7 +302,9 @@ def test_the_index_lists_every_tensor(small_model: Callable[..., Path], tmp_path
 def test_the_exported_config_is_read_right_by_transformers_4_and_5(extended: Path) -> None:
     facts = read_facts(extended / "release")
     facts.hf_config["auto_map"] = {"AutoModelForCausalLM": "modeling_custom.Custom"}
-    facts.hf_config["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}  # as 5.x writes it
+    # as 5.x writes them
+    facts.hf_config["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}
+    facts.hf_config["dtype"] = "float32"
     config = exported_config(facts, architecture_table(facts.hf_config), "bf16")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"

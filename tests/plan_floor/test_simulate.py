@@ -323,7 +323,9 @@ def test_all_ranks_on_the_command_line(arguments: list[str]) -> None:
         [sys.executable, "-m", "usdm_megatron.cli", *arguments, "--all-ranks", "--json", "--gpu", "h100"],
         capture_output=True, text=True, timeout=250,
     )  # fmt: skip
-    assert (result.returncode, result.stderr) == (0, "")
+    # torch 2.6 for CUDA, where there is a compiler for it and no GPU
+    said = [line for line in result.stderr.splitlines() if not line.startswith("No CUDA runtime is found")]
+    assert (result.returncode, said) == (0, [])
     tree = json.loads(result.stdout)
     assert tree["faults"] == tree["problems"] == [] and tree["budget_gib"] == 70.4
     assert [rank["rank"] for rank in tree["ranks"]] == list(range(8))

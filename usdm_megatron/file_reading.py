@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import mmap
 import re
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from usdm_megatron.errors import ConversionError
 
 _BLOCK_BYTES = 1 << 20
+_MADV_POPULATE_READ = 22  # Linux's, without a name in Python
 _MOST_JSON_BYTES = 64 << 20  # the largest tokenizers take 40 MB; parsing takes up to 25 times the size
 _MOST_NESTING = 100  # Python writes JSON recursively
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped: half a character, unless both halves are there
@@ -28,10 +31,11 @@ def file_sha256(
     `on_bytes(n)` is called with every n bytes that were read.
     """
     digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK_BYTES))  # the same pages each time: new ones cost as much as the copy
     with path.open("rb", buffering=0) as file:
-        while not (stopped and stopped.is_set()) and (block := file.read(_BLOCK_BYTES)):
-            digest.update(block)
-            on_bytes(len(block))
+        while not (stopped and stopped.is_set()) and (count := file.readinto(block)):
+            digest.update(block[:count])
+            on_bytes(count)
     return digest.hexdigest()
 
 
@@ -40,12 +44,15 @@ def map_privately(path: Path, begin: int, size_bytes: int) -> mmap.mmap:
 
     The mapping is positioned on the first of them (it begins on a page: `tell()` says how far before) and
     ends behind the last. Raises `ValueError` when the file is shorter, `OSError` when the disk cannot give
-    all of them: whoever touches such a page of a mapping is killed by SIGBUS, so each is read once before.
+    all of them: whoever touches such a page of a mapping is killed by SIGBUS, so each is asked for before.
     """
     start = begin - begin % mmap.ALLOCATIONGRANULARITY
     with path.open("rb", buffering=0) as file:
         mapping = mmap.mmap(file.fileno(), begin + size_bytes - start, access=mmap.ACCESS_COPY, offset=start)
         mapping.madvise(mmap.MADV_WILLNEED)  # one request for all of it instead of one a block
+        mapping.seek(begin - start)
+        if _populate(mapping):
+            return mapping
         file.seek(begin)
         block = memoryview(bytearray(min(_BLOCK_BYTES, size_bytes)))
         remaining = size_bytes
@@ -53,8 +60,20 @@ def map_privately(path: Path, begin: int, size_bytes: int) -> mmap.mmap:
             if not (count := file.readinto(block[:remaining])):
                 raise OSError(errno.EIO, "the file became shorter while it was read", str(path))
             remaining -= count
-    mapping.seek(begin - start)
     return mapping
+
+
+def _populate(mapping: mmap.mmap) -> bool:
+    """Have the system read and map every page, which copies nothing; whether it could.
+
+    False where it does not know how (Linux before 5.14, others), and where a page cannot be read: reading
+    says why.
+    """
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)  # `mmap.madvise` would stop all threads meanwhile
+    first = ctypes.c_char.from_buffer(mapping)
+    return libc.madvise(ctypes.byref(first), ctypes.c_size_t(len(mapping)), _MADV_POPULATE_READ) == 0
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -84,9 +84,12 @@ def run_import(options: ImportOptions) -> ImportSummary:
     with claimed(options.save):
         removed = remove_stale_temporaries(options.save)
         require_space(options.save, plan.size_bytes)
-        # beside the checkpoint, under a name that the next run cleans up after a kill
-        with _prepared_tokenizer(plan, temporary_path(options.save / RELEASE)) as tokenizer_dir:
-            saved = _write(plan, options, tokenizer_dir)
+        with (
+            WeightHasher(plan.source.directory, _hashed_files(plan.source)) as hasher,
+            # beside the checkpoint, under a name that the next run cleans up after a kill
+            _prepared_tokenizer(plan, temporary_path(options.save / RELEASE)) as tokenizer_dir,
+        ):
+            saved = _write(plan, options, tokenizer_dir, hasher)
     return ImportSummary(
         path=saved,
         model=plan.model,
@@ -108,13 +111,11 @@ def dry_run(options: ImportOptions) -> str:
         return describe_import(plan)
 
 
-def _write(plan: ImportPlan, options: ImportOptions, tokenizer_dir: Path | None) -> Path:
-    source = plan.source
-    weights = WeightCheck(source)
-    with (
-        WeightHasher(source.directory, _hashed_files(source)) as hasher,
-        byte_progress("importing", plan.size_bytes) as progress,
-    ):
+def _write(
+    plan: ImportPlan, options: ImportOptions, tokenizer_dir: Path | None, hasher: WeightHasher
+) -> Path:
+    weights = WeightCheck(plan.source)
+    with byte_progress("importing", plan.size_bytes) as progress:
 
         def finish(directory: Path) -> None:
             hashes = hasher.result()  # first: a damaged file explains its NaN

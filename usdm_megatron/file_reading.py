@@ -71,7 +71,7 @@ def _populate(mapping: mmap.mmap) -> bool:
     """
     if sys.platform != "linux":
         return False
-    libc = ctypes.CDLL(None, use_errno=True)  # `mmap.madvise` would stop all threads meanwhile
+    libc = ctypes.CDLL(None)  # `mmap.madvise` would stop all threads meanwhile
     first = ctypes.c_char.from_buffer(mapping)
     return libc.madvise(ctypes.byref(first), ctypes.c_size_t(len(mapping)), _MADV_POPULATE_READ) == 0
 

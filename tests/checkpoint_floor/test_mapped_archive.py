@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from usdm_megatron import file_reading
 from usdm_megatron.checkpoint import mapped_archive
 from usdm_megatron.checkpoint.mapped_archive import map_tensor
 from usdm_megatron.file_reading import map_privately
@@ -103,6 +104,24 @@ def test_of_a_large_archive_little_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert 0 < mapped[0].read_bytes < 20_000
 
 
+@pytest.fixture(params=["maps ahead", "reads ahead"])
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux before 5.14, and other systems, cannot map ahead."""
+    if request.param == "reads ahead":
+        monkeypatch.setattr(file_reading, "_populate", lambda mapping: False)
+
+
+@pytest.mark.usefixtures("_either_way")
+def test_a_mapping_holds_the_bytes_that_were_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    content = os.urandom((3 << 20) + 5)
+    path.write_bytes(content)
+    for begin, size in ((0, len(content)), (100, 7), (mmap.ALLOCATIONGRANULARITY + 1, 2 << 20)):
+        mapping = map_privately(path, begin, size)
+        assert mapping.read() == content[begin : begin + size]
+
+
+@pytest.mark.usefixtures("_either_way")
 def test_a_page_that_the_disk_cannot_give_is_an_error_and_no_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The tests with the oldest versions that setup.py allows, in an environment of their own (.venv-oldest).
+# The tests with the oldest torch and transformers that setup.py allows, in an environment of their own.
+#
+# That is .venv-oldest; all else in it is new. This torch comes with CUDA, some gigabytes.
 #
 #   bash scripts/test_oldest.sh [--full] [pytest arguments]
 set -euo pipefail

@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-import transformers
+
+from tests.oldest import TRANSFORMERS_4
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LAYERS, HIDDEN, KV, R = 2, 64, 32, 4
@@ -21,7 +22,7 @@ def sft(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("sft")
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="the peer is transformers 5's Trainer")
+@pytest.mark.skipif(TRANSFORMERS_4, reason="the peer is transformers 5's Trainer")
 def test_table(sft: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = sft.Options(
         groups=("lora q v",),

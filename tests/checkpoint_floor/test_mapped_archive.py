@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import platform
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -109,6 +111,15 @@ def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Linux before 5.14, and other systems, cannot map ahead."""
     if request.param == "reads ahead":
         monkeypatch.setattr(file_reading, "_populate", lambda mapping: False)
+
+
+def test_linux_maps_ahead(tmp_path: Path) -> None:
+    """Since 5.14; falling back everywhere would be right, and slow."""
+    (tmp_path / "a").write_bytes(bytes(1 << 20))
+    with (tmp_path / "a").open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    kernel = [int(part) for part in re.findall(r"\d+", platform.release())[:2]]
+    assert file_reading._populate(mapping) == (sys.platform == "linux" and kernel >= [5, 14])
 
 
 @pytest.mark.usefixtures("_either_way")

@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import pytest
-import transformers
 
 from tests.convert_floor.conftest import SMALL_CONFIG
+from tests.oldest import TRANSFORMERS_4
 from usdm_megatron.architecture import (
     LLAMA,
     MISTRAL,
@@ -18,8 +18,6 @@ from usdm_megatron.architecture import (
     model_identity,
 )
 from usdm_megatron.errors import ConversionError
-
-KNOWS_4_ALONE = transformers.__version__.startswith("4.")
 
 
 def read(**changes: Any) -> HFArchitecture:
@@ -47,10 +45,10 @@ def test_odd_values_arrive() -> None:
 
 
 def transformers_theta(config: Any) -> float:
-    return config.rope_theta if KNOWS_4_ALONE else config.rope_parameters["rope_theta"]
+    return config.rope_theta if TRANSFORMERS_4 else config.rope_parameters["rope_theta"]
 
 
-@pytest.mark.skipif(KNOWS_4_ALONE, reason="transformers 4.x looks at rope_theta alone")
+@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4.x looks at rope_theta alone")
 @pytest.mark.parametrize("beside", ["absent", 7e4])
 @pytest.mark.parametrize(
     "scaling", ["absent", None, {}, {"type": "default"}, {"rope_type": "default", "rope_theta": 3e5}]

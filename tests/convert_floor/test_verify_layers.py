@@ -15,6 +15,7 @@ import torch
 
 from tests import tiny
 from tests.convert_floor.conftest import edit_json
+from tests.oldest import attention_keeps_scores
 from tests.ranks import run_ranks
 from usdm_megatron.convert.layer_differences import (
     LayerDifferences,
@@ -151,7 +152,8 @@ def test_how_much_it_differs_is_what_transformers_itself_says(models: Models, tm
     found = [depth["max_abs_difference"] for depth in layers["by_depth"]]
     del found[LAYERS]
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    rounding = 1e-6 * states[0][1].abs().max().item()  # attention of torch 2.6 rounds to 5e-7 of it
+    # where grouped queries have another kernel than transformers' repeated keys: to 5e-7 of the largest state
+    rounding = 1e-6 * (states[0][1].abs().max().item() if attention_keeps_scores() else 1)
     assert found[:2] == pytest.approx([0, 0], abs=rounding) and min(found[2:]) > 1e-3
 
 

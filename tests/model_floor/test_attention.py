@@ -230,7 +230,7 @@ def test_auto_takes_the_first_backend_that_is_there(
 
 
 def test_cuda_without_any_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch before 2.10 has none for packed rows; that must be known before the first step."""
+    """torch 2.6 has none for packed rows; that must be known before the first step."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     with pytest.raises(

@@ -7,11 +7,10 @@ from itertools import chain
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.oldest import attention_keeps_scores
 from tests.plan_floor.memory_cases import (
     FOUR_RANKS,
     FULL,
@@ -39,15 +38,6 @@ from usdm_megatron.vocab import USDM_VOCABULARY
 
 MIB, GIB = 2**20, 2**30
 MISTRAL = ModelShape("mistral-7b", HFArchitecture.from_hf_config(PRESETS["mistral-7b"]), USDM_VOCABULARY)
-
-
-def attention_keeps_scores() -> bool:
-    """Older torch (2.6) has no fused kernel for grouped queries on the CPU."""
-    query, key = (torch.zeros(1, heads, 64, 8, requires_grad=True) for heads in (2, 1))
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
-    return max(kept) >= 2 * 64 * 64
 
 
 @pytest.mark.skipif(attention_keeps_scores(), reason="plan counts fused attention; this torch's keeps scores")

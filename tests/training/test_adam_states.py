@@ -67,7 +67,7 @@ def put_in_place() -> None:
 
     for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules["transformer_engine.pytorch.optimizers"].FusedAdam = FusedAdam  # type: ignore[attr-defined]
+    sys.modules["transformer_engine.pytorch.optimizers"].FusedAdam = FusedAdam  # type: ignore[attr-defined]  # ours
     optimizer_config.is_te_min_version = lambda version: True
     core.is_te_min_version = lambda version: True
     core.USING_PYTORCH_OPTIMIZER, core.Adam, distrib_optimizer.Adam = False, FusedAdam, FusedAdam

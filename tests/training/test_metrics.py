@@ -250,7 +250,11 @@ def rising_eval_job(environment: Any, store: Any, config: Any, losses: list[floa
     from usdm_megatron.train.loop import Loop
 
     evaluate, chosen = Loop.evaluate, iter(losses)
-    Loop.evaluate = lambda loop: dataclasses.replace(evaluate(loop), objective=next(chosen))  # type: ignore[method-assign]
+
+    def chosen_objective(loop: Loop) -> Any:
+        return dataclasses.replace(evaluate(loop), objective=next(chosen))
+
+    Loop.evaluate = chosen_objective  # type: ignore[method-assign]  # this process is the job's alone
     return jobs.train(environment, store, config)["code"]
 
 

@@ -82,8 +82,8 @@ def open_process_groups(
 def leave_world() -> None:
     """Destroy the process groups, a moment after their last collective.
 
-    A thread of gloo's still holds that one's tensors and needs the GIL to drop them; torch before 2.8 waits
-    for the thread without releasing it, for ever (pytorch#154976).
+    A thread of gloo's still holds that one's tensors and needs the GIL to drop them; torch 2.6 waits for
+    the thread without releasing it, for ever (pytorch#154976).
     """
     time.sleep(_STRAGGLERS_S)
     dist.destroy_process_group()
